@@ -1,0 +1,46 @@
+"""FX passes over exported decoder graphs. Each works alone on any `torch.fx.GraphModule` made by `torch.export`.
+
+| pass | before -> after |
+|---|---|
+| InlineHigherOrderOps | wrap_with_set_grad_enabled(body) -> the body's nodes |
+| DropMetadataAsserts | _assert_tensor_metadata(x) -> nothing |
+| SetDropout | dropout(x, p, True) -> dropout(x, p, False), and back |
+| FoldTransposedLinear | addmm(b, x, W[in, out]) -> linear(x, W.t(), b) |
+| InsertFakeQuant | linear(x, W) -> linear(x, fake_quant(W)) |
+| InsertDistillationHooks | output(logits) -> output(logits, hidden states, attention scores) |
+| RetargetDevice | arange(device=cpu) -> arange(device=cuda:0) |
+| FreezeScales | fake_quant(W, learned scale) -> fake_quant(W, constant scale) |
+| PackWeights | fake_quant(W, scale) -> dequantize_weight(packed, scale) |
+| LowerLinear | linear(x, dequantize_weight(packed, scale)) -> lowbit_linear(x, packed, scale) |
+"""
+
+from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
+from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
+from tsld_fx.passes.freeze_scales import FreezeScales
+from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
+from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
+from tsld_fx.passes.insert_fake_quant import InsertFakeQuant
+from tsld_fx.passes.lower_linear import LowerLinear
+from tsld_fx.passes.pack_weights import PackWeights
+from tsld_fx.passes.pipelines import capture_pipeline, convert_pipeline, prepare_pipeline
+from tsld_fx.passes.retarget_device import RetargetDevice
+from tsld_fx.passes.runner import PassTrace, run_passes
+from tsld_fx.passes.set_dropout import SetDropout
+
+__all__ = [
+    "DropMetadataAsserts",
+    "FoldTransposedLinear",
+    "FreezeScales",
+    "InlineHigherOrderOps",
+    "InsertDistillationHooks",
+    "InsertFakeQuant",
+    "LowerLinear",
+    "PackWeights",
+    "PassTrace",
+    "RetargetDevice",
+    "SetDropout",
+    "capture_pipeline",
+    "convert_pipeline",
+    "prepare_pipeline",
+    "run_passes",
+]

@@ -1,0 +1,90 @@
+"""Run passes in order over a graph module; the only place that lints, recompiles and dumps."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase
+
+from tsld_fx.errors import PassError, TsldError
+
+logger = logging.getLogger(__name__)
+Listener = Callable[["PassTrace"], None]
+
+
+@dataclass(frozen=True)
+class PassTrace:
+    """What one pass did: its name, whether it changed anything, seconds, and the graph's text before and after."""
+
+    name: str
+    modified: bool
+    seconds: float
+    before: Counter[str] = field(repr=False)
+    after: Counter[str] = field(repr=False)
+    graph_module: fx.GraphModule = field(repr=False)
+
+    def changes(self) -> dict[str, int]:
+        """Operator -> how many more (or fewer) of it there are after the pass."""
+        names = {*self.before, *self.after}
+        return {n: self.after[n] - self.before[n] for n in sorted(names) if self.after[n] != self.before[n]}
+
+
+def op_counts(graph: fx.Graph) -> Counter[str]:
+    """Operator name -> number of calls in the graph."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def run_passes(
+    graph_module: fx.GraphModule, passes: Sequence[PassBase], listener: Listener | None = None
+) -> fx.GraphModule:
+    """Apply the passes in order and return the transformed graph module.
+
+    With the environment variable TSLD_DUMP=<folder> the graph's code after each pass is written there, beside a
+    count of the operators that came and went.
+
+    Args:
+        listener: called after each pass with what it did.
+
+    Raises:
+        TsldError: what a pass refused, unchanged; any other failure becomes a PassError that names the pass.
+    """
+    dump = os.environ.get("TSLD_DUMP")
+    for index, one in enumerate(passes):
+        name = type(one).__name__
+        start, before = time.perf_counter(), op_counts(graph_module.graph)
+        try:
+            result = one(graph_module)
+            if result is None:
+                raise PassError(f"{name}: the pass returned no PassResult.")
+            graph_module = result.graph_module
+            if result.modified:
+                graph_module.graph.lint()
+                graph_module.recompile()
+        except TsldError:
+            raise
+        except Exception as error:
+            raise PassError(f"{name}: the pass failed on this graph: {error}") from error
+        trace = PassTrace(
+            name, result.modified, time.perf_counter() - start, before, op_counts(graph_module.graph), graph_module
+        )
+        logger.debug("%s: modified=%s in %.2f s %s", name, trace.modified, trace.seconds, trace.changes())
+        if listener is not None:
+            listener(trace)
+        if dump:
+            _write_dump(Path(dump), index, trace)
+    return graph_module
+
+
+def _write_dump(folder: Path, index: int, trace: PassTrace) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    header = [f"# {trace.name}: modified={trace.modified}, {trace.seconds:.3f} s"]
+    header += [f"# {change:+d} {name}" for name, change in trace.changes().items()]
+    text = "\n".join(header) + "\n" + trace.graph_module.code
+    (folder / f"{index:02d}_{trace.name}.txt").write_text(text)

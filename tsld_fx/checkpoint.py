@@ -1,0 +1,107 @@
+"""Read checkpoint folders, with an error for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tsld_fx.backends import check_backend
+from tsld_fx.errors import CheckpointError
+from tsld_fx.hf_quantizer import METHOD
+from tsld_fx.lowered import LoweredModel, as_lowered
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no folder, no config, or one that is not JSON.
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give the folder that save_pretrained wrote.")
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no config.json in it, so this is not a model's folder.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}). The checkpoint is damaged; save it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not a JSON object. The checkpoint is damaged; save it again.")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, each checked to be whole.
+
+    Raises:
+        CheckpointError: none there, one missing, or one cut short.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing. Copy the whole checkpoint folder, or save the model again.")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: cut short or damaged ({error}). Copy it again, or save again.") from None
+    return files
+
+
+def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names satisfy `wanted`."""
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+                if wanted(name):
+                    found[name] = handle.get_tensor(name)
+    return found
+
+
+def load(
+    path: str | Path, backend: str = "auto", device: str | torch.device | None = None, **kwargs: Any
+) -> LoweredModel:
+    """Load a converted model: what `lowered.save_pretrained(path)` wrote.
+
+    Args:
+        path: the checkpoint's folder.
+        backend: as in `convert`.
+        device: where to put it (default: where transformers loads it, the CPU).
+        kwargs: go to AutoModelForCausalLM.from_pretrained (`dtype`, `device_map`, `attn_implementation`, ...).
+
+    Raises:
+        CheckpointError: not a converted model, of another format version, cut short or damaged.
+        BackendError: the backend cannot run here.
+    """
+    folder = Path(path)
+    check_backend(backend)
+    config = read_config(folder)
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != METHOD:
+        hint = "tsld_fx.load_prepared" if "tsld_fx" in config else "AutoModelForCausalLM.from_pretrained"
+        raise CheckpointError(
+            f"{folder}: config.json says nothing of quant_method '{METHOD}', so this is not a converted model. "
+            f"Load it with {hint}, then prepare and convert it."
+        )
+    weight_files(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        name = sorted(info["missing_keys"])[0]
+        raise CheckpointError(f"{folder}: tensor {name!r} is missing. The checkpoint is incomplete; convert again.")
+    if device is not None:
+        model.to(device)
+    return as_lowered(model, backend)

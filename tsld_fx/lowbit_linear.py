@@ -1,0 +1,82 @@
+"""LowBitLinear: a linear layer over a packed weight, in place of nn.Linear or GPT-2's Conv1D."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsld_fx import ops  # noqa: F401  (registers tsld::lowbit_linear)
+from tsld_fx.packing import dequantize, packed_width
+from tsld_fx.quantizers import scale_shape
+
+
+class LowBitLinear(nn.Module):
+    """y = x W^T + b with W packed; computes through torch.ops.tsld.lowbit_linear.
+
+    Buffers: `weight_packed` uint8 [out, bytes], `weight_scale` float32 [out, groups], [out, 1] or [1, 1],
+    `weight_zero` uint8 in the scales' shape (affine, asymmetric only). Parameter: `bias` [out] or None.
+    The packed weight and its scales keep their dtypes under `.half()` and `.to(dtype)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group_size: int,
+        *,
+        zero: bool = False,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size = bits, group_size
+        shape = scale_shape(out_features, in_features, group_size)
+        packed = torch.zeros(out_features, packed_width(in_features, bits), dtype=torch.uint8, device=device)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", torch.zeros(shape, dtype=torch.float32, device=device))
+        zeros = torch.zeros(shape, dtype=torch.uint8, device=device) if zero else None
+        self.register_buffer("weight_zero", zeros)
+        made = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features] in the dtype of x."""
+        return torch.ops.tsld.lowbit_linear(
+            x, self.weight_packed, self.weight_scale, self.weight_zero, self.bias,
+            self.bits, self.group_size, self.in_features,
+        )  # fmt: skip
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight [out_features, in_features] that the codes stand for."""
+        return dequantize(
+            self.weight_packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight, for code that reads `layer.weight`; made anew each time, writing to it does nothing.
+
+        It says of itself that it is initialised: some `_init_weights` (GPT-2's) reach for their children's weights.
+        """
+        dense = self.dequantize()
+        dense._is_hf_initialized = True
+        return dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and format, as `print(model)` shows them."""
+        groups = {0: "channel", -1: "tensor"}.get(self.group_size, f"group {self.group_size}")
+        kind = "ternary" if self.bits == 2 else f"{self.bits}-bit"
+        return f"{self.in_features}, {self.out_features}, {kind}, per {groups}, bias={self.bias is not None}"

@@ -1,0 +1,190 @@
+"""`convert`: from trained fake-quantised weights to packed ones, in the graph and in the Hugging Face model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+from tsld_fx.backends import check_backend
+from tsld_fx.capture import attach, capture
+from tsld_fx.errors import ConfigError
+from tsld_fx.hf_quantizer import TsldHfQuantizer, TsldQuantizationConfig
+from tsld_fx.lowbit_linear import LowBitLinear
+from tsld_fx.passes.graph_tools import attribute, calls, module_path
+from tsld_fx.passes.pipelines import convert_pipeline
+from tsld_fx.passes.runner import Listener, run_passes
+from tsld_fx.prepared import PreparedModel
+
+
+class LoweredModel(PreTrainedModel):
+    """Mixed into the model's own class by `convert` and `load`: packed linear layers, everything else as it was.
+
+    forward, generate (with every KV cache that the architecture supports), save_pretrained and pipelines are
+    transformers' own; `graph_module` is the same model as one graph.
+    """
+
+    backend: str
+    _tsld_graph: list[fx.GraphModule]  # in a list so that nn.Module does not register it as a child
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The flat inference graph with tsld::lowbit_linear nodes; input_ids, attention_mask -> {"logits"}."""
+        if not self._tsld_graph:
+            self._tsld_graph.append(capture(_plain(self), training=False))
+        return self._tsld_graph[0]
+
+    def lowbit_layers(self) -> dict[str, LowBitLinear]:
+        """Name -> packed layer."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LowBitLinear)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoweredModel:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_tsld_graph"})
+        twin.__dict__["_tsld_graph"] = [attach(copy.deepcopy(g.graph), twin, g) for g in self._tsld_graph]
+        return twin
+
+
+@dataclass(frozen=True)
+class _Layer:
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+
+
+def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listener | None = None) -> LoweredModel:
+    """Freeze the scales, pack the weights and lower every quantised linear to tsld::lowbit_linear.
+
+    The dequantised weight of each layer equals the trained fake-quantised one bit for bit. The result is a snapshot:
+    it shares nothing with `prepared`, which stays as it was and can be trained on.
+
+    Args:
+        prepared: what `prepare` returned, trained or not (not trained: post-training quantisation).
+        backend: `auto`, or the name of one that `tsld_fx.backends` lists.
+        listener: called after each pass.
+
+    Raises:
+        TsldError: not a prepared model, an unknown backend, or weights that are not finite.
+    """
+    if not isinstance(prepared, PreparedModel):
+        raise ConfigError(
+            f"convert: expected the result of tsld_fx.prepare, got {type(prepared).__name__}. Call prepare first; "
+            "tsld_fx.load reads a model that was converted and saved."
+        )
+    backend = check_backend(backend)
+    graph_module = prepared.graph_module
+    snapshot = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))  # containers of its own
+    snapshot = run_passes(snapshot, convert_pipeline(), listener)
+    layers = _packed_layers(snapshot)
+    modules = {name: _module(layer, _bias(prepared, name)) for name, layer in layers.items()}
+    lowered = _clone(prepared, "", modules, {})
+    lowered = _as_lowered(lowered, type(prepared).__mro__[2], backend)
+    lowered.config = _config(prepared, modules)
+    attach_quantizer(lowered)
+    lowered.__dict__["_tsld_graph"] = [attach(copy.deepcopy(snapshot.graph), lowered, snapshot)]
+    return lowered
+
+
+def _packed_layers(graph_module: fx.GraphModule) -> dict[str, _Layer]:
+    layers = {}
+    for node in calls(graph_module.graph, torch.ops.tsld.lowbit_linear.default):
+        packed, scale, zero = (None if a is None else attribute(graph_module, a.target) for a in node.args[1:4])
+        name = module_path(node) or str(node.args[1].target).rpartition(".")[0]
+        layers[name] = _Layer(packed, scale, zero, *node.args[5:])
+    return layers
+
+
+def _bias(model: nn.Module, name: str) -> Tensor | None:
+    return getattr(model.get_submodule(name), "bias", None)
+
+
+def _module(layer: _Layer, bias: Tensor | None) -> LowBitLinear:
+    rows = layer.packed.shape[0]
+    module = LowBitLinear(
+        layer.in_features, rows, layer.bits, layer.group_size,
+        zero=layer.zero is not None, bias=bias is not None, device="meta",
+    )  # fmt: skip
+    module.weight_packed, module.weight_scale, module.weight_zero = layer.packed, layer.scale, layer.zero
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return module.eval()
+
+
+def _clone(module: nn.Module, name: str, replaced: dict[str, LowBitLinear], seen: dict[int, Any]) -> Any:
+    """Copy a module tree with some layers replaced; tied parameters stay tied, replaced weights are never copied."""
+    if name in replaced:
+        return replaced[name]
+    if id(module) in seen:
+        return seen[id(module)]
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    seen[id(module)] = twin
+    for kind in ("_parameters", "_buffers"):
+        twin.__dict__[kind] = {k: _clone_tensor(v, seen) for k, v in module.__dict__[kind].items()}
+    twin.__dict__["training"] = False
+    twin.__dict__["_modules"] = {
+        child: None if value is None else _clone(value, f"{name}.{child}".lstrip("."), replaced, seen)
+        for child, value in module._modules.items()
+    }
+    return twin
+
+
+def _clone_tensor(tensor: Tensor | None, seen: dict[int, Any]) -> Any:
+    if tensor is None:
+        return None
+    if id(tensor) not in seen:
+        copied = tensor.detach().clone()
+        seen[id(tensor)] = nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+    return seen[id(tensor)]
+
+
+@cache
+def lowered_class(base: type[PreTrainedModel]) -> type[LoweredModel]:
+    """The model's own class with LoweredModel in front; it keeps the name, which checkpoints record."""
+    return type(base.__name__, (LoweredModel, base), {"__doc__": base.__doc__, "__module__": __name__})
+
+
+def _as_lowered(model: PreTrainedModel, base: type, backend: str) -> LoweredModel:
+    lowered: LoweredModel = object.__new__(lowered_class(base))
+    lowered.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_tsld"})
+    lowered.__dict__["backend"], lowered.__dict__["_tsld_graph"] = backend, []
+    return lowered
+
+
+def as_lowered(model: PreTrainedModel, backend: str) -> LoweredModel:
+    """Give a packed model that transformers loaded the extra methods of a LoweredModel."""
+    return _as_lowered(model, type(model), check_backend(backend))
+
+
+def _plain(lowered: LoweredModel) -> Any:
+    twin = object.__new__(type(lowered).__mro__[2])
+    twin.__dict__.update({k: v for k, v in lowered.__dict__.items() if k not in ("_tsld_graph", "backend")})
+    return twin
+
+
+def _config(prepared: PreparedModel, modules: dict[str, LowBitLinear]) -> Any:
+    config = copy.deepcopy(prepared.config)
+    del config.tsld_fx
+    quantization = TsldQuantizationConfig.of(prepared.quant_config, modules)
+    config.quantization_config = quantization
+    head = prepared.get_output_embeddings()
+    if any(prepared.get_submodule(name) is head for name in modules):
+        config.tie_word_embeddings = False  # the packed head is a copy of its own
+    return config
+
+
+def attach_quantizer(model: PreTrainedModel) -> None:
+    """Mark a model as quantised for transformers' save_pretrained."""
+    quantization = model.config.quantization_config
+    model.__dict__["hf_quantizer"] = TsldHfQuantizer(quantization, pre_quantized=True)
+    model.__dict__["is_quantized"] = True
+    model.__dict__["quantization_method"] = quantization.quant_method

@@ -1,0 +1,160 @@
+"""The operators that graphs carry: schema, implementation, fake implementation and gradient of each.
+
+They are registered with torch.library when this module is imported, and work under torch.export, torch.compile,
+autocast and autograd. The implementations here are plain torch on any device: the oracle of every backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tsld_fx import packing, quantizers
+from tsld_fx.errors import BackendError
+
+torch.library.define(
+    "tsld::fake_quant",
+    "(Tensor weight, Tensor? scale, Tensor? zero, str scheme, int bits, int group_size) -> Tensor",
+)
+torch.library.define(
+    "tsld::learned_clip",
+    "(Tensor weight, Tensor gamma, int bits, bool symmetric, int group_size) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "tsld::dequantize_weight",
+    "(Tensor packed, Tensor scales, Tensor? zeros, int bits, int group_size, int in_features) -> Tensor",
+)
+torch.library.define(
+    "tsld::lowbit_linear",
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
+    "int in_features) -> Tensor",
+)
+
+
+# ---------------------------------------------------------------- tsld::fake_quant
+@torch.library.impl("tsld::fake_quant", "default")
+def _fake_quant(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str, bits: int, group_size: int
+) -> Tensor:
+    return quantizers.fake_quantize(weight, scale, zero, scheme, bits, group_size)
+
+
+@torch.library.register_fake("tsld::fake_quant")
+def _(weight: Tensor, scale: Any, zero: Any, scheme: str, bits: int, group_size: int) -> Tensor:
+    quantizers.check_scheme(scheme, bits)
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _fake_quant_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    weight, scale, zero, ctx.scheme, ctx.bits, ctx.group_size = inputs
+    ctx.learned = scale is not None and ctx.scheme in quantizers.LEARNED
+    if ctx.learned:
+        ctx.save_for_backward(weight, scale, zero)
+
+
+def _fake_quant_backward(ctx: Any, grad: Tensor) -> tuple:
+    if not ctx.learned:
+        return grad, None, None, None, None, None
+    weight, scale, zero = ctx.saved_tensors
+    grads = quantizers.straight_through(grad, weight, scale, zero, ctx.scheme, ctx.bits, ctx.group_size)
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("tsld::fake_quant", _fake_quant_backward, setup_context=_fake_quant_context)
+
+
+# ---------------------------------------------------------------- tsld::learned_clip
+@torch.library.impl("tsld::learned_clip", "default")
+def _learned_clip(
+    weight: Tensor, gamma: Tensor, bits: int, symmetric: bool, group_size: int
+) -> tuple[Tensor, Tensor]:
+    scale, zero, _ = quantizers.clipped_scale(weight, gamma, bits, symmetric, group_size)
+    return scale, torch.empty(0, dtype=torch.uint8, device=weight.device) if zero is None else zero
+
+
+@torch.library.register_fake("tsld::learned_clip")
+def _(weight: Tensor, gamma: Tensor, bits: int, symmetric: bool, group_size: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    centred = symmetric or bits == 2
+    zero = torch.empty((0,) if centred else gamma.shape, dtype=torch.uint8, device=weight.device)
+    return torch.empty(gamma.shape, dtype=dtype, device=weight.device), zero
+
+
+def _learned_clip_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    weight, gamma, ctx.bits, ctx.symmetric, ctx.group_size = inputs
+    ctx.save_for_backward(weight, gamma)
+
+
+def _learned_clip_backward(ctx: Any, grad_scale: Tensor, _grad_zero: Any) -> tuple:
+    weight, gamma = ctx.saved_tensors
+    slope = quantizers.clipped_scale(weight, gamma, ctx.bits, ctx.symmetric, ctx.group_size)[2]
+    return None, (grad_scale * slope).to(gamma.dtype), None, None, None
+
+
+torch.library.register_autograd("tsld::learned_clip", _learned_clip_backward, setup_context=_learned_clip_context)
+
+
+# ---------------------------------------------------------------- tsld::dequantize_weight
+@torch.library.impl("tsld::dequantize_weight", "default")
+def _dequantize_weight(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    return packing.dequantize(packed, scales, zeros, bits, group_size, in_features)
+
+
+@torch.library.register_fake("tsld::dequantize_weight")
+def _(packed: Tensor, scales: Tensor, zeros: Any, bits: int, group_size: int, in_features: int) -> Tensor:
+    return torch.empty((packed.shape[0], in_features), dtype=torch.float32, device=packed.device)
+
+
+# ---------------------------------------------------------------- tsld::lowbit_linear
+@torch.library.impl("tsld::lowbit_linear", "default")
+def _lowbit_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    if x.shape[-1] != in_features:
+        raise BackendError(
+            f"tsld::lowbit_linear: the input has {x.shape[-1]} features, the packed weight {in_features}. "
+            "Give activations of the layer that this weight was packed from."
+        )
+    if not x.is_floating_point():
+        raise BackendError(f"tsld::lowbit_linear: the input is {x.dtype}; give float16, bfloat16, float32 or float64.")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = packing.dequantize(packed, scales, zeros, bits, group_size, in_features).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        result = functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+    return result.to(x.dtype)
+
+
+@torch.library.register_fake("tsld::lowbit_linear")
+def _(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Any, bias: Any, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def _lowbit_linear_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, packed, scales, zeros, bias, ctx.bits, ctx.group_size, ctx.in_features = inputs
+    ctx.save_for_backward(packed, scales, zeros)
+    ctx.has_bias = bias is not None
+
+
+def _lowbit_linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    packed, scales, zeros = ctx.saved_tensors
+    weight = torch.ops.tsld.dequantize_weight(packed, scales, zeros, ctx.bits, ctx.group_size, ctx.in_features)
+    grad_x = torch.matmul(grad, weight.to(grad.dtype))
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd("tsld::lowbit_linear", _lowbit_linear_backward, setup_context=_lowbit_linear_context)
