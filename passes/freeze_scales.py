@@ -17,6 +17,7 @@ from tsld_fx.passes.graph_tools import (
     copy_origin,
     erase_dead,
     fake_of,
+    holder,
     module_path,
     weight_source,
 )
@@ -45,7 +46,7 @@ class FreezeScales(PassBase):
         weight = row_major_weight(graph_module, node)
         scale, zero = _constants(graph_module, node, weight)
         name = layer_of(node)
-        module, graph, old = graph_module.get_submodule(name), graph_module.graph, node.args[1:3]
+        module, graph, old = holder(graph_module, name), graph_module.graph, node.args[1:3]
         for leaf in ("weight_scale", "weight_zero", "weight_clip"):
             module._parameters.pop(leaf, None)
             module._buffers.pop(leaf, None)

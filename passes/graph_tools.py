@@ -35,6 +35,19 @@ def owner(module: torch.nn.Module, target: str) -> tuple[torch.nn.Module, str]:
     return module.get_submodule(path), leaf
 
 
+def holder(root: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The submodule `name`, made (with the modules on the way) where the graph module has none.
+
+    A GraphModule keeps only what its graph reads: a head tied to the embedding is not among it.
+    """
+    module = root
+    for part in name.split(".") if name else ():
+        if part not in module._modules:
+            module.add_module(part, torch.nn.Module())
+        module = module._modules[part]
+    return module
+
+
 def weight_source(node: Any) -> tuple[fx.Node, bool] | None:
     """The get_attr node behind a linear's weight and whether it is transposed on the way; None for anything else."""
     transposed = False
@@ -71,7 +84,8 @@ def copy_origin(new: fx.Node, old: fx.Node) -> None:
 def fake_of(graph_module: fx.GraphModule, node: fx.Node, tensor: Tensor) -> None:
     """Set meta["val"] of a get_attr node: a fake tensor in the graph's own fake mode, or on meta without one."""
     mode = next(
-        (n.meta["val"].fake_mode for n in graph_module.graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None
+        (n.meta["val"].fake_mode for n in graph_module.graph.nodes if hasattr(n.meta.get("val"), "fake_mode")),
+        None,
     )
     node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode else tensor.to("meta")
 

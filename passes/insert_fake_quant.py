@@ -19,6 +19,7 @@ from tsld_fx.passes.graph_tools import (
     calls,
     copy_origin,
     fake_of,
+    holder,
     module_of_linear,
     owner,
     set_val,
@@ -56,7 +57,9 @@ class InsertFakeQuant(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
-        layers = [(node, *found) for node in calls(graph, aten.linear.default) if (found := weight_source(node.args[1]))]
+        layers = [
+            (node, *found) for node in calls(graph, aten.linear.default) if (found := weight_source(node.args[1]))
+        ]
         names = [module_of_linear(linear, weight) for linear, weight, _ in layers]
         self.config.check_patterns(dict.fromkeys(names))
         embedded = {node.args[0].target for node in calls(graph, aten.embedding.default)}
@@ -87,7 +90,8 @@ class InsertFakeQuant(PassBase):
         with graph.inserting_before(linear):
             scale, zero = self._scale_nodes(graph_module, linear, row_major, name, spec)
             node = graph.call_function(
-                torch.ops.tsld.fake_quant.default, (row_major, scale, zero, spec.scheme, spec.bits, group_size)
+                torch.ops.tsld.fake_quant.default,
+                (row_major, scale, zero, spec.scheme, spec.bits, group_size),
             )
         copy_origin(node, linear)
         node.meta["tsld_module"], node.meta["tsld_weight"] = name, weight.target
@@ -101,7 +105,7 @@ class InsertFakeQuant(PassBase):
             return None, None
         graph, group_size = graph_module.graph, group_size_code(spec)
         value = _row_major_value(graph_module, row_major)
-        module = graph_module.get_submodule(name)
+        module = holder(graph_module, name)
         if spec.scale == "lsq":
             first, point = initial_scale(value, spec.bits, spec.symmetric, group_size)
             scale = _read(graph_module, linear, _learned(module, name, "weight_scale", first))

@@ -17,6 +17,7 @@ from tsld_fx.passes.graph_tools import (
     copy_origin,
     erase_dead,
     fake_of,
+    holder,
     owner,
     tensors_read,
     weight_source,
@@ -43,15 +44,19 @@ class PackWeights(PassBase):
     def _pack(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         name = layer_of(node)
         if FROZEN not in node.meta:
-            raise PassError(f"PackWeights: the scale of '{name}' (node {node.name}) is not frozen. Run FreezeScales first.")
+            raise PassError(
+                f"PackWeights: the scale of '{name}' (node {node.name}) is not frozen. Run FreezeScales first."
+            )
         weight = row_major_weight(graph_module, node)
         if weight.dtype != torch.float32:
-            raise PassError(f"PackWeights: '{name}.weight' is {weight.dtype}. Pack float32 weights: call .float() first.")
+            raise PassError(
+                f"PackWeights: '{name}.weight' is {weight.dtype}. Pack float32 weights: call .float() first."
+            )
         _, scale, zero, scheme, bits, group_size = node.args
         zeros = None if zero is None else attribute(graph_module, zero.target)
         codes = quantize(weight, attribute(graph_module, scale.target), zeros, scheme, bits, group_size).codes
         packed = pack(codes, bits)
-        graph_module.get_submodule(name).register_buffer("weight_packed", packed)
+        holder(graph_module, name).register_buffer("weight_packed", packed)
         graph, source = graph_module.graph, weight_source(node.args[0])
         with graph.inserting_before(node):
             codes_node = graph.get_attr(f"{name}.weight_packed")

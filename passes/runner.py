@@ -72,7 +72,12 @@ def run_passes(
         except Exception as error:
             raise PassError(f"{name}: the pass failed on this graph: {error}") from error
         trace = PassTrace(
-            name, result.modified, time.perf_counter() - start, before, op_counts(graph_module.graph), graph_module
+            name,
+            result.modified,
+            time.perf_counter() - start,
+            before,
+            op_counts(graph_module.graph),
+            graph_module,
         )
         logger.debug("%s: modified=%s in %.2f s %s", name, trace.modified, trace.seconds, trace.changes())
         if listener is not None:

@@ -1,8 +1,8 @@
 """Ternary decoder language models: TSLD training on exported graphs, and packed low-bit inference.
 
-    import tsld_fx
-    prepared = tsld_fx.prepare(model)          # fake-quantised graph over the model's own parameters
-    lowered = tsld_fx.convert(prepared)        # packed weights, transformers' generate
+import tsld_fx
+prepared = tsld_fx.prepare(model)          # fake-quantised graph over the model's own parameters
+lowered = tsld_fx.convert(prepared)        # packed weights, transformers' generate
 """
 
 from tsld_fx import losses

@@ -61,7 +61,11 @@ def _looks_bidirectional(model: PreTrainedModel) -> bool:
 
 
 def capture(
-    model: PreTrainedModel, *, with_positions: bool = False, training: bool = True, listener: Listener | None = None
+    model: PreTrainedModel,
+    *,
+    with_positions: bool = False,
+    training: bool = True,
+    listener: Listener | None = None,
 ) -> fx.GraphModule:
     """Export a decoder with dynamic batch and sequence and clean the graph up.
 
@@ -135,6 +139,7 @@ def _unlift(program: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
     """Turn an exported program into a graph module that reads parameters by their names in the model."""
     source, graph, env = program.graph_module.graph, fx.Graph(), {}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied ones: the embedding's
     root = nn.Module()
     constants = 0
     for node in source.nodes:
@@ -146,9 +151,13 @@ def _unlift(program: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
                     env[node].meta = dict(node.meta)
                 continue
             target = str(spec.target)
-            if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER):
+            if spec.kind == InputKind.PARAMETER:
+                target = first_name[id(model.get_parameter(target))]
+            elif spec.kind != InputKind.BUFFER:
                 root.register_buffer(f"constant_{constants}", program.constants[target], persistent=False)
                 target, constants = f"constant_{constants}", constants + 1
+            if not node.users:  # the other name of a tied parameter
+                continue
             env[node] = graph.get_attr(target)
             env[node].meta = dict(node.meta)
         elif node.op == "output":
@@ -200,7 +209,10 @@ def attach(graph: fx.Graph, model: nn.Module, constants: nn.Module) -> fx.GraphM
     for name, child in model.named_children():
         root.add_module(name, child)
     graph_module = fx.GraphModule(root, graph, class_name=f"{type(model).__name__}Graph")
-    for name, child in model.named_children():  # GraphModule copies the containers: put the live ones in their place
+    for (
+        name,
+        child,
+    ) in model.named_children():  # GraphModule copies the containers: put the live ones in their place
         graph_module.add_module(name, child)
     return graph_module
 

@@ -46,7 +46,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index}: not a table of weights ({type(error).__name__}: {error}). Copy it again, or save again."
+            ) from None
         files = [folder / name for name in names]
     else:
         files = [folder / "model.safetensors"]
@@ -72,6 +77,31 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tenso
     return found
 
 
+def from_pretrained(folder: Path, **kwargs: Any) -> Any:
+    """AutoModelForCausalLM.from_pretrained, with one error for everything that a damaged folder can cause.
+
+    Raises:
+        CheckpointError: a file is cut short, or a tensor is missing or of another shape than the model's.
+    """
+    weight_files(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({error}). Check config.json, or save the model again."
+        ) from error
+    for name in sorted(info["missing_keys"]):
+        raise CheckpointError(f"{folder}: tensor {name!r} is missing. The checkpoint is incomplete; save it again.")
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {list(stored)}, the model needs {list(wanted)}. "
+            "config.json and the weights are not of one checkpoint; save it again."
+        )
+    return model
+
+
 def load(
     path: str | Path, backend: str = "auto", device: str | torch.device | None = None, **kwargs: Any
 ) -> LoweredModel:
@@ -90,18 +120,14 @@ def load(
     folder = Path(path)
     check_backend(backend)
     config = read_config(folder)
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != METHOD:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         hint = "tsld_fx.load_prepared" if "tsld_fx" in config else "AutoModelForCausalLM.from_pretrained"
         raise CheckpointError(
             f"{folder}: config.json says nothing of quant_method '{METHOD}', so this is not a converted model. "
             f"Load it with {hint}, then prepare and convert it."
         )
-    weight_files(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        name = sorted(info["missing_keys"])[0]
-        raise CheckpointError(f"{folder}: tensor {name!r} is missing. The checkpoint is incomplete; convert again.")
+    model = from_pretrained(folder, **kwargs)
     if device is not None:
         model.to(device)
     return as_lowered(model, backend)

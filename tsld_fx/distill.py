@@ -88,8 +88,7 @@ class DistillConfig:
             return tuple(_as_term(term) for term in self.losses)
         temperature = {"tsld": self.temperature}
         return tuple(
-            LossTerm(kind, temperature=temperature.get(kind), reduction=self.reduction)
-            for kind in METHODS[self.method]
+            LossTerm(kind, temperature=temperature.get(kind), reduction=self.reduction) for kind in METHODS[self.method]
         )
 
     @property

@@ -42,6 +42,8 @@ class TsldQuantizationConfig(QuantizationConfigMixin):
                 f"this checkpoint has format_version {format_version}; this tsld_fx reads version {FORMAT_VERSION}. "
                 "Install the tsld_fx that wrote it, or convert the model again."
             )
+        if not isinstance(layers or {}, Mapping) or not all(isinstance(v, Mapping) for v in (layers or {}).values()):
+            raise CheckpointError("quantization_config.layers is not a table of layers. Convert the model again.")
         self.quant_method = METHOD
         self.format_version = format_version
         self.quant = dict(quant or {})
@@ -110,4 +112,3 @@ class TsldHfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed weights do not train."""
         return False
-

@@ -42,7 +42,9 @@ class LowBitLinear(nn.Module):
         self.register_buffer("weight_scale", torch.zeros(shape, dtype=torch.float32, device=device))
         zeros = torch.zeros(shape, dtype=torch.uint8, device=device) if zero else None
         self.register_buffer("weight_zero", zeros)
-        made = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        made = (
+            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        )
         self.register_parameter("bias", made)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +57,12 @@ class LowBitLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The float32 weight [out_features, in_features] that the codes stand for."""
         return dequantize(
-            self.weight_packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero,
+            self.bits,
+            self.group_size,
+            self.in_features,
         )
 
     @property

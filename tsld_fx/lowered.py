@@ -35,8 +35,12 @@ class LoweredModel(PreTrainedModel):
     @property
     def graph_module(self) -> fx.GraphModule:
         """The flat inference graph with tsld::lowbit_linear nodes; input_ids, attention_mask -> {"logits"}."""
+        place = (self.dtype, self.device)
+        if self._tsld_graph and self._tsld_graph[0].meta["place"] != place:  # `.half()` or `.cuda()` came after it
+            self._tsld_graph.clear()
         if not self._tsld_graph:
             self._tsld_graph.append(capture(_plain(self), training=False))
+            self._tsld_graph[0].meta["place"] = place
         return self._tsld_graph[0]
 
     def lowbit_layers(self) -> dict[str, LowBitLinear]:
@@ -48,6 +52,8 @@ class LoweredModel(PreTrainedModel):
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_tsld_graph"})
         twin.__dict__["_tsld_graph"] = [attach(copy.deepcopy(g.graph), twin, g) for g in self._tsld_graph]
+        for ours, theirs in zip(twin._tsld_graph, self._tsld_graph, strict=True):
+            ours.meta["place"] = theirs.meta["place"]
         return twin
 
 
@@ -91,6 +97,7 @@ def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listene
     lowered.config = _config(prepared, modules)
     attach_quantizer(lowered)
     lowered.__dict__["_tsld_graph"] = [attach(copy.deepcopy(snapshot.graph), lowered, snapshot)]
+    lowered._tsld_graph[0].meta["place"] = (lowered.dtype, lowered.device)
     return lowered
 
 

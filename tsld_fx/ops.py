@@ -68,9 +68,7 @@ torch.library.register_autograd("tsld::fake_quant", _fake_quant_backward, setup_
 
 # ---------------------------------------------------------------- tsld::learned_clip
 @torch.library.impl("tsld::learned_clip", "default")
-def _learned_clip(
-    weight: Tensor, gamma: Tensor, bits: int, symmetric: bool, group_size: int
-) -> tuple[Tensor, Tensor]:
+def _learned_clip(weight: Tensor, gamma: Tensor, bits: int, symmetric: bool, group_size: int) -> tuple[Tensor, Tensor]:
     scale, zero, _ = quantizers.clipped_scale(weight, gamma, bits, symmetric, group_size)
     return scale, torch.empty(0, dtype=torch.uint8, device=weight.device) if zero is None else zero
 
@@ -138,7 +136,14 @@ def _lowbit_linear(
 
 @torch.library.register_fake("tsld::lowbit_linear")
 def _(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Any, bias: Any, bits: int, group_size: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Any,
+    bias: Any,
+    bits: int,
+    group_size: int,
+    in_features: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 

@@ -74,7 +74,13 @@ def dequantize(
 
 
 def check_packed(
-    name: str, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+    name: str,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
 ) -> None:
     """Refuse packed tensors whose shapes, dtypes or codes cannot be what `pack` wrote.
 

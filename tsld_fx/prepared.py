@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tsld_fx import losses
@@ -27,7 +27,14 @@ from tsld_fx.passes.set_dropout import SetDropout
 
 logger = logging.getLogger(__name__)
 LEARNED_LEAVES = ("weight_scale", "weight_clip")
-_HARMLESS = {"use_cache", "return_dict", "cache_position", "segment_ids", "logits_to_keep", "num_items_in_batch"}
+_HARMLESS = {
+    "use_cache",
+    "return_dict",
+    "cache_position",
+    "segment_ids",
+    "logits_to_keep",
+    "num_items_in_batch",
+}
 
 
 @dataclass
@@ -208,7 +215,10 @@ def prepare(
 
 
 def graph_model(
-    model: PreTrainedModel, config: QuantConfig | None, taps: tuple[str, ...], listener: Listener | None = None
+    model: PreTrainedModel,
+    config: QuantConfig | None,
+    taps: tuple[str, ...],
+    listener: Listener | None = None,
 ) -> PreparedModel:
     """Wrap a model so that it runs as a graph; with config None nothing is quantised (a teacher that gives taps)."""
     wrapped: PreparedModel = _retyped(model, prepared_class(type(model)))
@@ -237,7 +247,10 @@ def _upcast(model: PreTrainedModel) -> None:
     if not low:
         return
     names = ", ".join(sorted(str(d).removeprefix("torch.") for d in low))
-    logger.warning("prepare: upcasting the model's %s weights to float32 in place: they become the master weights.", names)
+    logger.warning(
+        "prepare: upcasting the model's %s weights to float32 in place: they become the master weights.",
+        names,
+    )
     model.float()
     model.config.dtype = torch.float32
 
@@ -288,9 +301,9 @@ def load_prepared(folder: str | Path, **kwargs: Any) -> PreparedModel:
         kwargs: go to AutoModelForCausalLM.from_pretrained.
 
     Raises:
-        CheckpointError: the folder holds no prepared model.
+        CheckpointError: the folder holds no prepared model, or a damaged one.
     """
-    from tsld_fx.checkpoint import read_config, read_tensors
+    from tsld_fx.checkpoint import from_pretrained, read_config, read_tensors
 
     recorded = read_config(Path(folder)).get("tsld_fx")
     if recorded is None:
@@ -298,7 +311,7 @@ def load_prepared(folder: str | Path, **kwargs: Any) -> PreparedModel:
             f"{folder}: config.json has no 'tsld_fx' entry, so this is not a prepared model. "
             "Use tsld_fx.load for a converted one, or prepare(AutoModelForCausalLM.from_pretrained(...))."
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
+    model = from_pretrained(Path(folder), dtype=torch.float32, **kwargs)
     prepared = prepare(model, QuantConfig.from_dict(recorded))
     wanted = {n for n, _ in prepared.named_parameters()} | {n for n, _ in prepared.named_buffers()}
     quantiser = _is_quantiser_value

@@ -164,7 +164,11 @@ def levels_and_scale(
     low, high = bounds(bits, point)
     levels = (lines / _nonzero(found)).round_()
     levels = levels.clamp_(low, high) if point is None else torch.clamp(levels, low, high)
-    return levels.add_(0.0), found, point  # + 0.0 turns -0.0 into +0.0, the sign of a zero that packing gives back
+    return (
+        levels.add_(0.0),
+        found,
+        point,
+    )  # + 0.0 turns -0.0 into +0.0, the sign of a zero that packing gives back
 
 
 def fake_quantize(
@@ -192,7 +196,13 @@ def quantize(
 
 
 def straight_through(
-    grad: Tensor, weight: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str, bits: int, group_size: int
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    scheme: str,
+    bits: int,
+    group_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients with respect to the weight and the scale.
 

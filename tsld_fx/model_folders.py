@@ -1,0 +1,135 @@
+"""Models in folders: float, prepared (a training run's result) and converted ones, and the way between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tsld_fx.capture import max_positions
+from tsld_fx.checkpoint import load, read_config, weight_files
+from tsld_fx.config import AffineWeight, QuantConfig
+from tsld_fx.demo import ASSETS
+from tsld_fx.errors import CheckpointError, ConfigError, TsldError
+from tsld_fx.hf_quantizer import METHOD
+from tsld_fx.lowered import LoweredModel, convert
+from tsld_fx.prepared import PreparedModel, load_prepared, prepare
+from tsld_fx.runs import whole_folder
+from tsld_fx.text_data import DEMO
+
+
+def model_folder(name: str | Path) -> str:
+    """The folder that `demo` stands for (unless a folder of that name exists); any other name unchanged."""
+    return str(ASSETS) if str(name) == DEMO and not Path(name).exists() else str(name)
+
+
+def load_float(name: str) -> PreTrainedModel:
+    """A float model in float32 from a folder, the hub, or `demo` for the embedded one.
+
+    Raises:
+        CheckpointError: not there, damaged, or packed already.
+    """
+    name = model_folder(name)
+    folder = Path(name)
+    if folder.exists():
+        if (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD:
+            raise CheckpointError(f"{name}: this model is converted already. Give the float model it was made from.")
+        weight_files(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except TsldError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{name}: cannot be loaded as a causal language model ({type(error).__name__}: {first}). "
+            "Give a folder with config.json and weights, or a name on the hub."
+        ) from error
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model_folder(name))
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{name}: no tokenizer can be loaded from it ({first}). Save one there with tokenizer.save_pretrained."
+        ) from None
+
+
+def load_any(name: str) -> PreTrainedModel:
+    """A float, prepared or converted model, in eval mode; a run's folder stands for the model in it.
+
+    Raises:
+        CheckpointError: not a model, or a damaged one.
+    """
+    folder = Path(_model_in(name))
+    config = read_config(folder) if folder.is_dir() else {}
+    if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
+        return load(folder).eval()
+    if "tsld_fx" in config:
+        return load_prepared(folder).eval()
+    return load_float(str(folder)).eval()
+
+
+def _model_in(name: str) -> str:
+    """A run's folder means its `model` folder."""
+    inner = Path(name) / "model"
+    return str(inner) if (inner / "config.json").is_file() else model_folder(name)
+
+
+def check_window(length: int, model: PreTrainedModel) -> None:
+    """Refuse windows longer than the model's positions.
+
+    Raises:
+        ConfigError: it gives both lengths.
+    """
+    limit = max_positions(model)
+    if limit is not None and length > limit:
+        raise ConfigError(f"windows of {length} tokens are more than the model's {limit} positions. Choose fewer.")
+    if length < 2:
+        raise ConfigError(f"windows need at least 2 tokens, got {length}.")
+
+
+def convert_folder(
+    name: str, out: str | Path, *, backend: str = "auto", head_bits: int | None = None, force: bool = False
+) -> tuple[PreparedModel, LoweredModel]:
+    """Convert a run's result (or a float model, without training) and save it with its tokenizer.
+
+    Args:
+        head_bits: 8 also packs the output embedding of a float model.
+        force: replace an output folder that is not empty.
+
+    Raises:
+        TsldError: the folder is taken, or the model cannot be converted.
+    """
+    out, folder = Path(out), _model_in(name)
+    if out.exists() and any(out.iterdir()) and not force:
+        raise CheckpointError(f"{out}: the output folder is not empty. Choose another one, or replace it with --force.")
+    trained = Path(folder).is_dir() and "tsld_fx" in read_config(Path(folder))
+    if trained and head_bits is not None:
+        raise ConfigError("--head-bits belongs to float models; a trained one is packed as it was trained.")
+    if head_bits not in (None, 8):
+        raise ConfigError(f"--head-bits {head_bits}: the head can be packed in 8 bits or left as it is.")
+    prepared = load_prepared(folder) if trained else _post_training(folder, head_bits)
+    tokenizer = load_tokenizer(folder)
+    lowered = convert(prepared.eval(), backend)
+    with whole_folder(out) as target:
+        lowered.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return prepared, lowered
+
+
+def _post_training(folder: str, head_bits: int | None) -> PreparedModel:
+    model = load_float(folder)
+    head = model.get_output_embeddings()
+    name = next(n for n, m in model.named_modules() if m is head)
+    overrides = {} if head_bits is None else {name: AffineWeight(bits=8, symmetric=True)}
+    return prepare(model, QuantConfig(overrides=overrides))

@@ -1,0 +1,185 @@
+"""Whole runs: fine-tune a teacher, train a low-bit student, evaluate. The command line is a thin layer over these."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
+
+from tsld_fx.errors import ConfigError
+from tsld_fx.model_folders import check_window, load_float, load_tokenizer
+from tsld_fx.perplexity import perplexity
+from tsld_fx.plots import plot_run
+from tsld_fx.prepared import prepare
+from tsld_fx.progress import RichProgress
+from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
+from tsld_fx.settings import TRAINING_DEFAULTS, RunSettings
+from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
+from tsld_fx.trainer import TSLDTrainer, WholeCheckpointTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class _Text:
+    """The token streams of a run's splits, made on first use."""
+
+    def __init__(self, settings: RunSettings, tokenizer: Any) -> None:
+        self.settings, self.tokenizer, self._streams = settings, tokenizer, dict[str, Tensor]()
+
+    def stream(self, split: str) -> Tensor | None:
+        sources = getattr(self.settings.data, split)
+        if not sources:
+            return None
+        if split not in self._streams:
+            self._streams[split] = tokenize(read_documents(sources, split), self.tokenizer)
+        return self._streams[split]
+
+    def blocks(self, split: str, segments: bool = False) -> TokenBlocks | None:
+        stream = self.stream(split)
+        end = self.tokenizer.eos_token_id if segments else None
+        return None if stream is None else TokenBlocks(stream, self.settings.data.block_size, end)
+
+
+def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet: bool = False) -> dict[str, Any]:
+    """Fine-tune the full-precision model and keep its best validation epoch.
+
+    Args:
+        settings: quant and distill are not used.
+        out: the run's folder; the same call on the same folder resumes or returns the finished result.
+        patience: epochs without a better validation loss before it stops.
+
+    Returns:
+        The content of result.json; the model is in `out`/model.
+    """
+    if not settings.data.validation:
+        raise ConfigError("finetune needs validation text to find the best epoch. Give data.validation.")
+    folder = RunFolder(out, {"command": "finetune", "patience": patience, **settings.to_dict()})
+    if (done := folder.result()) is not None:
+        return done
+    tokenizer, model = load_tokenizer(settings.model), load_float(settings.model)
+    check_window(settings.data.block_size, model)
+    text = _Text(settings, tokenizer)
+    before = _evaluate(model, text, settings, quiet)
+    trainer = WholeCheckpointTrainer(
+        model=model,
+        args=_arguments(settings, folder, by_epoch=True),
+        train_dataset=text.blocks("train"),
+        eval_dataset=text.blocks("validation"),
+        callbacks=[MetricsFile(folder.metrics), EarlyStoppingCallback(early_stopping_patience=patience)],
+    )
+    return _run(trainer, model, tokenizer, folder, text, settings, quiet, {"start": before})
+
+
+def train(
+    settings: RunSettings,
+    out: str | Path,
+    *,
+    quiet: bool = False,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> dict[str, Any]:
+    """Quantisation-aware training of one student against its teacher.
+
+    Args:
+        settings: everything about the run.
+        out: the run's folder; the same call on the same folder resumes or returns the finished result.
+
+    Returns:
+        The content of result.json: perplexities of the teacher, of the student before training (`ptq`) and after
+        (`student`), steps and seconds. The trained float model is in `out`/model (`load_prepared`, `convert`).
+    """
+    folder = RunFolder(out, {"command": "train", **settings.to_dict()})
+    if (done := folder.result()) is not None:
+        return done
+    tokenizer = load_tokenizer(settings.model)
+    teacher = load_float(settings.teacher or settings.model)
+    student = prepare(load_float(settings.model), settings.quant)
+    check_window(settings.data.block_size, student)
+    text = _Text(settings, tokenizer)
+    device = _device(settings)
+    known = {
+        "teacher": _evaluate(teacher.to(device), text, settings, quiet),
+        "ptq": _evaluate(student.to(device), text, settings, quiet),
+    }
+    trainer = TSLDTrainer(
+        model=student,
+        teacher=teacher,
+        distill=settings.distill,
+        args=_arguments(settings, folder),
+        train_dataset=text.blocks("train", settings.distill.separate_documents),
+        eval_dataset=text.blocks("validation"),
+        callbacks=[MetricsFile(folder.metrics), *callbacks],
+    )
+    return _run(trainer, student, tokenizer, folder, text, settings, quiet, known)
+
+
+def _run(
+    trainer: WholeCheckpointTrainer,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: RunFolder,
+    text: _Text,
+    settings: RunSettings,
+    quiet: bool,
+    known: dict[str, Any],
+) -> dict[str, Any]:
+    """Train (from the last whole checkpoint if there is one), save, evaluate, plot and write the result."""
+    resume = folder.resume_point()
+    if resume:
+        logger.warning("resuming from %s", resume)
+    start = time.perf_counter()
+    bar = RichProgress("training", quiet).install(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        bar.stop()
+    seconds = time.perf_counter() - start
+    with whole_folder(folder.path / "model") as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    result = known | {
+        "student" if "ptq" in known else "model": _evaluate(model, text, settings, quiet),
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "best_step": trainer.state.best_global_step or trainer.state.global_step,
+    }
+    plot_run(read_metrics(folder.metrics), folder.path / "plots")
+    folder.finish(result)
+    return result
+
+
+def _evaluate(model: PreTrainedModel, text: _Text, settings: RunSettings, quiet: bool) -> dict[str, float]:
+    """Perplexity on the validation and test text, in windows of one block that do not overlap."""
+    found = {}
+    for split in ("validation", "test"):
+        stream = text.stream(split)
+        if stream is not None:
+            label = None if quiet else f"perplexity ({split})"
+            found[split] = perplexity(model, stream, settings.data.block_size, progress=label).perplexity
+    return found
+
+
+def _device(settings: RunSettings) -> torch.device:
+    cpu = settings.training.get("use_cpu", False) or not torch.cuda.is_available()
+    return torch.device("cpu" if cpu else "cuda")
+
+
+def _arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False) -> TrainingArguments:
+    """TrainingArguments of a run."""
+    values = TRAINING_DEFAULTS | dict(settings.training)
+    if not settings.data.validation:
+        values["eval_strategy"] = "no"
+    best = values["eval_strategy"] != "no" and (by_epoch or settings.keep == "best")
+    if best:  # transformers finds the best weights again only where each evaluation has a checkpoint
+        values.update(save_strategy=values["eval_strategy"], save_steps=values.get("eval_steps") or 500)
+        values.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
+    else:
+        values.update(save_strategy="steps", save_steps=settings.checkpoint_steps)
+    values.setdefault("save_total_limit", 2)
+    values.setdefault("disable_tqdm", True)  # RichProgress shows it
+    values.setdefault("per_device_eval_batch_size", 8)
+    return TrainingArguments(output_dir=str(folder.checkpoints), report_to=[], **values)

@@ -1,0 +1,191 @@
+"""Run folders: whole-or-not-at-all files, the run's configuration, its metrics, and which checkpoints are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tsld_fx.errors import CheckpointError
+
+_WHOLE = "tsld_whole"  # written into a checkpoint after everything else
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def write_whole(file: str | Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(file: str | Path, data: Any) -> None:
+    """Write data as indented JSON, whole or not at all."""
+    write_whole(file, json.dumps(data, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of `target` when the block ends well and vanishes when it does not."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.")) / "folder"
+            os.replace(target, old)
+        os.replace(temporary, target)
+        if old is not None:
+            shutil.rmtree(old.parent, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mark_whole(folder: str | Path, step: int) -> None:
+    """Say that checkpoint-<step> is complete; without the mark a resume passes over it."""
+    write_whole(Path(folder) / f"checkpoint-{step}" / _WHOLE, f"{step}\n")
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint with the highest step among those that were written to the end."""
+    folder = Path(folder)
+    found = [p for p in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name) and (p / _WHOLE).is_file()]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+class RunFolder:
+    """The output folder of one command: `run.yaml`, `metrics.jsonl`, `checkpoints/`, results and plots.
+
+    Args:
+        path: the folder; made if it does not exist.
+        settings: the run's whole configuration as plain data.
+
+    Raises:
+        CheckpointError: the folder belongs to a run with other settings, or holds other files.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        record = self.path / "run.yaml"
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: a file is in the way of the output folder. Choose another folder.")
+        if record.is_file():
+            self._check_same(record, settings)
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise CheckpointError(
+                f"{self.path}: the output folder is not empty and not a run of tsld_fx. Choose another folder."
+            )
+        else:
+            write_whole(record, yaml.safe_dump(settings, sort_keys=False))
+        self.settings = settings
+
+    @staticmethod
+    def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            recorded = yaml.safe_load(record.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{record}: not valid YAML ({error}). Delete the folder and start again.") from None
+        if recorded == settings:
+            return
+        before, now = _flat(recorded or {}), _flat(settings)
+        key = next(k for k in [*now, *before] if before.get(k) != now.get(k))
+        raise CheckpointError(
+            f"{record.parent}: the folder belongs to another run: {key} was {before.get(key)!r} there and is "
+            f"{now.get(key)!r} now. Choose another output folder, or give the same settings to resume that run."
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the trainer writes its checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """JSON lines: step, epoch and whatever was logged."""
+        return self.path / "metrics.jsonl"
+
+    def resume_point(self) -> str | None:
+        """The checkpoint to resume from, None to start from the beginning."""
+        found = last_whole_checkpoint(self.checkpoints)
+        return None if found is None else str(found)
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run wrote, None while it has not finished."""
+        file = self.path / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result, which marks the run as finished."""
+        write_json(self.path / "result.json", dict(result))
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        return {prefix.rstrip("."): data}
+    return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log line to a JSON-lines file; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut the file back to the step that training starts from."""
+        kept = [line for line in read_metrics(self.file) if line["step"] <= state.global_step and state.global_step]
+        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one line."""
+        if state.is_world_process_zero and logs:
+            line = {
+                "step": state.global_step,
+                "epoch": state.epoch,
+                **{k: v for k, v in logs.items() if k != "epoch"},
+            }
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut short by a kill is left out."""
+    if not file.is_file():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,164 @@
+"""The settings of a training run, from YAML or the command line, checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tsld_fx.config import QuantConfig
+from tsld_fx.distill import DistillConfig
+from tsld_fx.errors import ConfigError
+from tsld_fx.text_data import DEMO
+
+# What a run uses unless its settings say otherwise. Batch, block and rate are the paper's (section 5.1).
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-4,
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Text to train and evaluate on; each entry is a file, a folder, `demo` or a `datasets` name[:configuration].
+
+    Attributes:
+        train, validation, test: sources per split; validation and test may be empty.
+        block_size: tokens per sample, and per window of the evaluation.
+    """
+
+    train: tuple[str, ...] = (DEMO,)
+    validation: tuple[str, ...] = (DEMO,)
+    test: tuple[str, ...] = ()
+    block_size: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        if not isinstance(self.block_size, int) or self.block_size < 2:
+            raise ConfigError(f"data.block_size must be a whole number of at least 2, got {self.block_size!r}.")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One training run.
+
+    Attributes:
+        model: folder or hub name of the float model to start from.
+        teacher: the full-precision teacher; None means `model` itself.
+        data: the text.
+        quant, distill: as in Python.
+        training: fields of transformers.TrainingArguments over `TRAINING_DEFAULTS`.
+        checkpoint_steps: optimiser steps between checkpoints; a kill loses at most this many.
+        keep: `last` keeps the weights of the last step; `best` those of the best validation loss, with a checkpoint
+            at each evaluation (training.eval_strategy, training.eval_steps) instead of every `checkpoint_steps`.
+    """
+
+    model: str
+    teacher: str | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_steps: int = 200
+    keep: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.keep not in ("best", "last"):
+            raise ConfigError(f"keep={self.keep!r} is not 'best' or 'last'.")
+        if self.checkpoint_steps < 1:
+            raise ConfigError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}.")
+        _check_training(self.training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for run.yaml."""
+        return {
+            "model": self.model,
+            "teacher": self.teacher,
+            "data": {f.name: _plain(getattr(self.data, f.name)) for f in fields(DataSettings)},
+            "quant": self.quant.to_dict(),
+            "distill": self.distill.to_dict(),
+            "training": dict(self.training),
+            "checkpoint_steps": self.checkpoint_steps,
+            "keep": self.keep,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "settings") -> RunSettings:
+        """Read what `to_dict` wrote, or the same shape from YAML.
+
+        Raises:
+            ConfigError: an unknown key or value.
+        """
+        values = dict(data)
+        check_keys(where, values, [f.name for f in fields(cls)])
+        if not values.get("model"):
+            raise ConfigError(f"{where}: 'model' is missing. Give the folder or name of the float model.")
+        if "data" in values:
+            part = values["data"] or {}
+            check_keys(f"{where}.data", part, [f.name for f in fields(DataSettings)])
+            values["data"] = DataSettings(**part)
+        if "quant" in values:
+            values["quant"] = QuantConfig.from_dict(values["quant"] or {})
+        if "distill" in values:
+            values["distill"] = DistillConfig.from_dict(values["distill"] or {})
+        return cls(**values)
+
+
+def check_keys(where: str, values: Any, known: list[str]) -> None:
+    """Refuse anything but a mapping with known keys.
+
+    Raises:
+        ConfigError: it names the key and those that exist.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of {', '.join(known)}; got {values!r}.")
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}. Known keys: {', '.join(known)}.")
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}). Give an existing YAML file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected a mapping at the top level, such as 'model: path'.")
+    return data
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    known = [f.name for f in fields(TrainingArguments) if f.init]
+    fixed = ("output_dir", "save_strategy", "save_steps", "load_best_model_at_end", "report_to")
+    for key, value in training.items():
+        if key in fixed:
+            raise ConfigError(
+                f"training.{key} is set by tsld_fx (output folder, checkpoint_steps, keep). Leave it out."
+            )
+        if key not in known:
+            raise ConfigError(f"training: {key!r} is not a field of transformers.TrainingArguments.")
+        if key in ("learning_rate", "max_steps", "num_train_epochs") and not isinstance(value, int | float):
+            raise ConfigError(f"training.{key} must be a number, got {value!r} (in YAML write 1.0e-4, not 1e-4).")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
