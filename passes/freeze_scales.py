@@ -21,7 +21,7 @@ from tsld_fx.passes.graph_tools import (
     module_path,
     weight_source,
 )
-from tsld_fx.quantizers import as_lines, clipped_scale, dynamic_scale, scale_shape
+from tsld_fx.quantizers import all_finite, as_lines, clipped_scale, dynamic_scale, scale_shape
 
 FROZEN = "tsld_frozen"  # meta key of a fake_quant node whose scale is a constant
 
@@ -44,8 +44,10 @@ class FreezeScales(PassBase):
 
     def _freeze(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
         weight = row_major_weight(graph_module, node)
-        scale, zero = _constants(graph_module, node, weight)
         name = layer_of(node)
+        _require_finite(name, "weight", weight)
+        scale, zero = _constants(graph_module, node, weight)
+        _require_finite(name, "scale", scale)
         module, graph, old = holder(graph_module, name), graph_module.graph, node.args[1:3]
         for leaf in ("weight_scale", "weight_zero", "weight_clip"):
             module._parameters.pop(leaf, None)
@@ -63,6 +65,13 @@ class FreezeScales(PassBase):
         node.args = (node.args[0], *arguments, *node.args[3:])
         node.meta[FROZEN] = True
         erase_dead(graph, *old)
+
+
+def _require_finite(name: str, what: str, value: Tensor) -> None:
+    if not value.is_meta and not all_finite(value):
+        raise PassError(
+            f"FreezeScales: the {what} of '{name}' holds NaN or Inf; training went astray. Convert an older checkpoint."
+        )
 
 
 def layer_of(node: fx.Node) -> str:

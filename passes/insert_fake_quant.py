@@ -26,6 +26,7 @@ from tsld_fx.passes.graph_tools import (
     weight_source,
 )
 from tsld_fx.quantizers import (
+    all_finite,
     clipped_scale,
     initial_scale,
     saturated_fraction,
@@ -61,7 +62,8 @@ class InsertFakeQuant(PassBase):
             (node, *found) for node in calls(graph, aten.linear.default) if (found := weight_source(node.args[1]))
         ]
         names = [module_of_linear(linear, weight) for linear, weight, _ in layers]
-        self.config.check_patterns(dict.fromkeys(names))
+        done = [node.meta.get("tsld_module", "") for node in calls(graph, torch.ops.tsld.fake_quant.default)]
+        self.config.check_patterns(dict.fromkeys([*names, *done]))
         embedded = {node.args[0].target for node in calls(graph, aten.embedding.default)}
         made: dict[tuple, fx.Node] = {}
         for (linear, weight, transposed), name in zip(layers, names, strict=True):
@@ -179,7 +181,7 @@ def _check_weight(name: str, weight: Tensor, transposed: bool, spec: WeightSpec)
         raise ConfigError(f"InsertFakeQuant: cannot quantise '{name}': {error}") from None
     if not weight.is_floating_point():
         raise ConfigError(f"InsertFakeQuant: '{name}.weight' is {weight.dtype}, already quantised. Start from floats.")
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not all_finite(weight):
         raise ConfigError(
             f"InsertFakeQuant: '{name}.weight' holds NaN or Inf. Load a healthy checkpoint, or leave the layer out "
             f"with QuantConfig(overrides={{{name!r}: None}})."

@@ -68,9 +68,7 @@ def test_text_is_big_enough(splits: dict[str, list[text.Document]]) -> None:
 
 def test_no_held_out_paragraph_is_in_train(splits: dict[str, list[text.Document]]) -> None:
     train = words("\n\n".join(document.text for document in splits["train"]))
-    held_out = [
-        words(p) for split in HELD_OUT for document in splits[split] for p in document.text.split("\n\n")
-    ]
+    held_out = [words(p) for split in HELD_OUT for document in splits[split] for p in document.text.split("\n\n")]
     leaks = [paragraph for paragraph in held_out if len(paragraph) > 200 and paragraph in train]
     assert leaks == []
 
@@ -78,15 +76,11 @@ def test_no_held_out_paragraph_is_in_train(splits: dict[str, list[text.Document]
 def test_a_document_holds_docstrings_under_qualified_names(splits: dict[str, list[text.Document]]) -> None:
     documents = {document.name: document.text for part in splits.values() for document in part}
     assert "\njson.decoder.JSONDecoder.raw_decode\nDecode a JSON document" in documents["module:json.decoder"]
-    assert not any(
-        ".test." in name or name.startswith("module:site") for name in documents if name != "module:site"
-    )
+    assert not any(".test." in name or name.startswith("module:site") for name in documents if name != "module:site")
 
 
 def test_too_little_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small.py").write_text(
-        '"""One docstring of eighty characters or more, which is far from enough."""\n'
-    )
+    (tmp_path / "small.py").write_text('"""One docstring of eighty characters or more, which is far from enough."""\n')
     monkeypatch.setattr(text.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(text, "_topics", lambda: iter(()))
     with pytest.raises(TsldError, match=r"200,000 are needed.*install the full package"):
@@ -105,9 +99,7 @@ def test_loading_is_fast() -> None:
 
 
 def test_assets_are_small() -> None:
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {
-        p.name for p in ASSETS.iterdir()
-    }
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {p.name for p in ASSETS.iterdir()}
     assert sum(path.stat().st_size for path in ASSETS.iterdir() if path.is_file()) <= 12 * 2**20
 
 
@@ -145,9 +137,7 @@ def perplexity() -> Callable[[list[text.Document]], float]:
         inputs = torch.tensor(ids[:count]).view(-1, 256)
         labels = torch.tensor(ids[1 : count + 1]).view(-1, 256)
         losses = [
-            torch.nn.functional.cross_entropy(
-                model(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten()
-            )
+            torch.nn.functional.cross_entropy(model(input_ids=x, use_cache=False).logits.flatten(0, 1), y.flatten())
             * len(y)
             for x, y in zip(inputs.split(16), labels.split(16), strict=True)
         ]

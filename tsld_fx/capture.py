@@ -109,6 +109,9 @@ def _exportable(model: PreTrainedModel, training: bool) -> Iterator[None]:
     with warnings.catch_warnings(), torch.set_grad_enabled(True):
         warnings.simplefilter("ignore")
         model.train(training)
+        for module in model.modules():  # LayerDrop draws a random number per layer, which no graph can branch on
+            if hasattr(module, "layerdrop"):
+                module.training = False
         try:
             yield
         finally:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tsld_fx.errors import ConfigError, TrainingError
+from tsld_fx.errors import CheckpointError, ConfigError, TrainingError
 from tsld_fx.plots import plot_comparison
 from tsld_fx.recipes import train
 from tsld_fx.runs import read_metrics, write_json, write_whole
@@ -35,6 +36,8 @@ def read_runs(config: Mapping[str, Any]) -> dict[str, RunSettings]:
             "compare: 'runs' is empty. Give at least one, such as 'runs: {tsld: {distill: {method: tsld}}}'."
         )
     shared = config.get("shared") or {}
+    for where, part in {"shared": shared, **{f"runs.{name}": run or {} for name, run in runs.items()}}.items():
+        check_keys(where, part, [f.name for f in fields(RunSettings)])
     return {str(n): RunSettings.from_dict(_merged(shared, r or {}), f"runs.{n}") for n, r in runs.items()}
 
 
@@ -58,6 +61,9 @@ def compare(config: Mapping[str, Any], out: str | Path, *, jobs: int = 1, quiet:
         What is written to `out`/table.json: perplexities of the teacher, before training and of each run.
     """
     runs, out = read_runs(config), Path(out)
+    if jobs < 1:
+        raise ConfigError(f"compare: jobs={jobs} must be at least 1.")
+    _check_folder(out, runs)
     if jobs == 1:
         results = {name: train(settings, out / name, quiet=quiet) for name, settings in runs.items()}
     else:
@@ -72,6 +78,17 @@ def compare(config: Mapping[str, Any], out: str | Path, *, jobs: int = 1, quiet:
     plot_comparison(curves, out / "perplexity.png", levels)
     write_json(out / "table.json", table)
     return table
+
+
+def _check_folder(out: Path, runs: Mapping[str, RunSettings]) -> None:
+    """Refuse a folder that holds something else than a comparison's runs."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: a file is in the way of the output folder. Choose another folder.")
+    if (out / "run.yaml").is_file():
+        raise CheckpointError(f"{out}: the folder belongs to a single run. Choose another folder for the comparison.")
+    begun = any((out / name / "run.yaml").is_file() or (out / f"{name}.yaml").is_file() for name in runs)
+    if out.is_dir() and any(out.iterdir()) and not begun and not (out / "table.json").is_file():
+        raise CheckpointError(f"{out}: the output folder is not empty and no comparison. Choose another folder.")
 
 
 def _side_by_side(runs: Mapping[str, RunSettings], out: Path, jobs: int) -> dict[str, dict[str, Any]]:

@@ -33,9 +33,10 @@ def _check_group(owner: str, granularity: str, group_size: int | None) -> None:
         )
 
 
-def _check_positive(owner: str, name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ConfigError(f"{owner}: {name} must be positive, got {value}.")
+def check_positive(owner: str, name: str, value: float | None) -> None:
+    """Refuse what is neither None nor a positive number."""
+    if value is not None and not (isinstance(value, int | float) and value > 0):
+        raise ConfigError(f"{owner}: {name} must be a positive number, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class AffineWeight:
 def _check_clip(owner: str, scale: str, clip_init: float | None) -> None:
     if clip_init is not None and scale != "pact":
         raise ConfigError(f"{owner}: clip_init belongs to scale='pact', not to {scale!r}. Leave it out.")
-    _check_positive(owner, "clip_init", clip_init)
+    check_positive(owner, "clip_init", clip_init)
 
 
 WeightSpec = TernaryWeight | AffineWeight
@@ -167,7 +168,7 @@ class QuantConfig:
                 )
         for pattern in (*self.overrides, *self.skip):
             _check_pattern(pattern)
-        _check_positive("QuantConfig", "scale_lr_ratio", self.scale_lr_ratio)
+        check_positive("QuantConfig", "scale_lr_ratio", self.scale_lr_ratio)
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
         object.__setattr__(self, "skip", tuple(self.skip))
 
@@ -221,13 +222,17 @@ class QuantConfig:
             values["weight"] = _spec_from_dict("weight", values["weight"])
         if "overrides" in values:
             overrides = values["overrides"] or {}
+            if not isinstance(overrides, Mapping):
+                raise ConfigError(f"quant.overrides: expected a mapping of patterns, got {overrides!r}.")
             values["overrides"] = {p: _spec_from_dict(f"overrides[{p!r}]", s) for p, s in overrides.items()}
-        if "skip" in values:
+        if "skip" in values and not isinstance(values["skip"], str):  # a string is refused by the constructor
             values["skip"] = tuple(values["skip"] or ())
         return cls(**values)
 
 
 def _check_pattern(pattern: str) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"QuantConfig: the pattern {pattern!r} is not a string.")
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])

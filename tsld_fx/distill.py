@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from tsld_fx.config import check_positive
 from tsld_fx.errors import ConfigError
 
 LossKind = Literal["gt", "logit", "tsld", "hidden", "attention"]
@@ -36,10 +37,9 @@ class LossTerm:
             raise ConfigError(f"LossTerm: kind={self.kind!r} is not one of {', '.join(map(repr, LOSS_KINDS))}.")
         if self.reduction not in ("sum", "mean"):
             raise ConfigError(f"LossTerm: reduction={self.reduction!r} is not 'sum' or 'mean'.")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"LossTerm: temperature must be positive, got {self.temperature}.")
-        if not self.weight >= 0:
-            raise ConfigError(f"LossTerm: weight must not be negative, got {self.weight}.")
+        check_positive("LossTerm", "temperature", self.temperature)
+        if not (isinstance(self.weight, int | float) and self.weight >= 0):
+            raise ConfigError(f"LossTerm: weight must be a number and not negative, got {self.weight!r}.")
 
 
 METHODS: dict[str, tuple[LossKind, ...]] = {
@@ -127,6 +127,8 @@ def _as_term(term: LossTerm | Mapping[str, Any]) -> LossTerm:
     if isinstance(term, LossTerm):
         return term
     known = [f.name for f in fields(LossTerm)]
+    if not isinstance(term, Mapping) or "kind" not in term:
+        raise ConfigError(f"DistillConfig.losses: expected a mapping such as {{kind: tsld, weight: 1}}, got {term!r}.")
     for key in term:
         if key not in known:
             raise ConfigError(f"DistillConfig.losses: unknown key {key!r}. Known keys: {', '.join(known)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def layer_table(model: PreTrainedModel) -> list[LayerInfo]:
     return rows
 
 
-def _scale_rule(recorded: object, name: str) -> str:
+def _scale_rule(recorded: Any, name: str) -> str:
     if recorded is None:
         return "-"
     spec = QuantConfig.from_dict(recorded.quant).spec_for(name)

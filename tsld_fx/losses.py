@@ -209,7 +209,7 @@ def attention_distillation(
     total = torch.zeros((), device=student[0].device)
     for ours, theirs in zip(student, teacher, strict=True):
         error = (_wide(ours) - _wide(theirs.detach())).masked_fill(~allowed, 0.0).square()
-        total = total + error.sum() / (allowed.sum() * ours.shape[1])
+        total = total + error.sum() / (allowed.sum() * ours.shape[1]).clamp_min(1)
     return total
 
 

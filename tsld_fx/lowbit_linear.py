@@ -21,6 +21,10 @@ class LowBitLinear(nn.Module):
     The packed weight and its scales keep their dtypes under `.half()` and `.to(dtype)`.
     """
 
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor | None
+
     def __init__(
         self,
         in_features: int,

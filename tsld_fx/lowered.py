@@ -19,7 +19,7 @@ from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.passes.graph_tools import attribute, calls, module_path
 from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
-from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared import PreparedModel, check_length
 
 
 class LoweredModel(PreTrainedModel):
@@ -46,6 +46,17 @@ class LoweredModel(PreTrainedModel):
     def lowbit_layers(self) -> dict[str, LowBitLinear]:
         """Name -> packed layer."""
         return {name: module for name, module in self.named_modules() if isinstance(module, LowBitLinear)}
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate.
+
+        Raises:
+            DataError: the prompt is longer than the model has learned positions for.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None:
+            check_length(self, prompt.shape[1])
+        return super().generate(inputs, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweredModel:
         twin = object.__new__(type(self))
@@ -173,7 +184,7 @@ def as_lowered(model: PreTrainedModel, backend: str) -> LoweredModel:
 
 
 def _plain(lowered: LoweredModel) -> Any:
-    twin = object.__new__(type(lowered).__mro__[2])
+    twin: Any = object.__new__(type(lowered).__mro__[2])
     twin.__dict__.update({k: v for k, v in lowered.__dict__.items() if k not in ("_tsld_graph", "backend")})
     return twin
 

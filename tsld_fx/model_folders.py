@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tsld_fx.capture import max_positions
-from tsld_fx.checkpoint import load, read_config, weight_files
+from tsld_fx.checkpoint import from_pretrained, load, read_config, weight_files
 from tsld_fx.config import AffineWeight, QuantConfig
 from tsld_fx.demo import ASSETS
-from tsld_fx.errors import CheckpointError, ConfigError, TsldError
+from tsld_fx.errors import CaptureError, CheckpointError, ConfigError, TsldError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, convert
 from tsld_fx.prepared import PreparedModel, load_prepared, prepare
@@ -29,7 +29,7 @@ def load_float(name: str) -> PreTrainedModel:
     """A float model in float32 from a folder, the hub, or `demo` for the embedded one.
 
     Raises:
-        CheckpointError: not there, damaged, or packed already.
+        TsldError: not there, damaged, packed already, or an encoder-decoder model.
     """
     name = model_folder(name)
     folder = Path(name)
@@ -38,7 +38,11 @@ def load_float(name: str) -> PreTrainedModel:
             raise CheckpointError(f"{name}: this model is converted already. Give the float model it was made from.")
         weight_files(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        encoder_decoder = bool(AutoConfig.from_pretrained(name).is_encoder_decoder)
+        if not encoder_decoder and folder.exists():
+            return from_pretrained(folder, dtype=torch.float32)
+        if not encoder_decoder:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except TsldError:
         raise
     except Exception as error:
@@ -47,16 +51,17 @@ def load_float(name: str) -> PreTrainedModel:
             f"{name}: cannot be loaded as a causal language model ({type(error).__name__}: {first}). "
             "Give a folder with config.json and weights, or a name on the hub."
         ) from error
+    raise CaptureError(f"{name}: an encoder-decoder model. tsld_fx handles decoder-only models; give one of those.")
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer beside a model.
+    """The tokenizer beside a model; a run's folder stands for the model in it.
 
     Raises:
         CheckpointError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(model_folder(name))
+        return AutoTokenizer.from_pretrained(_model_in(name))
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
@@ -79,7 +84,7 @@ def load_any(name: str) -> PreTrainedModel:
     return load_float(str(folder)).eval()
 
 
-def _model_in(name: str) -> str:
+def _model_in(name: str | Path) -> str:
     """A run's folder means its `model` folder."""
     inner = Path(name) / "model"
     return str(inner) if (inner / "config.json").is_file() else model_folder(name)
@@ -111,6 +116,10 @@ def convert_folder(
         TsldError: the folder is taken, or the model cannot be converted.
     """
     out, folder = Path(out), _model_in(name)
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: a file is in the way of the output folder. Choose another folder.")
+    if Path(folder).resolve().is_relative_to(out.resolve()):
+        raise CheckpointError(f"{out}: the output folder is or holds the model to convert. Choose another folder.")
     if out.exists() and any(out.iterdir()) and not force:
         raise CheckpointError(f"{out}: the output folder is not empty. Choose another one, or replace it with --force.")
     trained = Path(folder).is_dir() and "tsld_fx" in read_config(Path(folder))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tsld_fx.errors import DataError
 from tsld_fx.losses import IGNORE, token_cross_entropy
@@ -44,12 +45,16 @@ def perplexity(
         progress: text of a progress bar; None shows none.
 
     Raises:
-        DataError: fewer than two tokens, or a stride outside [1, length].
+        DataError: fewer than two tokens, windows of fewer than two, a stride outside [1, length], or tokens that
+            the model does not have.
     """
+    if length < 2:
+        raise DataError(f"perplexity: windows need at least 2 tokens, got length={length}.")
     if tokens.numel() < 2:
         raise DataError(f"perplexity needs at least two tokens, got {tokens.numel()}. Give more text.")
     if stride is not None and not 1 <= stride <= length:
         raise DataError(f"stride={stride} must be between 1 and the window's length {length}.")
+    check_tokens(tokens, model)
     device = next(model.parameters()).device
     batches = list(_batches(tokens, length, stride or length, batch_size, overlap=stride is not None))
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -65,6 +70,21 @@ def perplexity(
         model.train(training)
     loss = float(total) / count
     return Perplexity(math.exp(min(loss, 700.0)), loss, count)
+
+
+def check_tokens(tokens: Tensor, model: nn.Module) -> None:
+    """Refuse token numbers that the model's embedding does not have.
+
+    Raises:
+        DataError: it gives both sizes.
+    """
+    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    known = getattr(embedding, "num_embeddings", None)
+    if known is not None and tokens.numel() and int(tokens.max()) >= known:
+        raise DataError(
+            f"token {int(tokens.max())} is outside the model's vocabulary of {known} tokens. "
+            "Use the tokenizer that belongs to the model."
+        )
 
 
 def _batches(

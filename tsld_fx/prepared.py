@@ -221,7 +221,8 @@ def graph_model(
     listener: Listener | None = None,
 ) -> PreparedModel:
     """Wrap a model so that it runs as a graph; with config None nothing is quantised (a teacher that gives taps)."""
-    wrapped: PreparedModel = _retyped(model, prepared_class(type(model)))
+    base: Any = type(model)
+    wrapped: PreparedModel = _retyped(model, prepared_class(base))
     wrapped.config = copy.deepcopy(model.config)
     device = model.get_input_embeddings().weight.device
     wrapped.__dict__["_tsld"] = _State(config, taps, device, listener)
@@ -237,7 +238,7 @@ def prepared_class(base: type[PreTrainedModel]) -> type[PreparedModel]:
 
 def _retyped(model: PreTrainedModel, cls: type) -> Any:
     """A second object over the same modules, parameters and buffers, of another class."""
-    twin = object.__new__(cls)
+    twin: Any = object.__new__(cls)
     twin.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_tsld"})
     return twin
 

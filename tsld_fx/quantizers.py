@@ -234,3 +234,8 @@ def saturated_fraction(weight: Tensor, scale: Tensor, zero: Tensor | None, bits:
     ratio = lines / _nonzero(scale.to(lines.dtype).reshape(-1, 1))
     low, high = bounds(bits, None if zero is None else zero.to(lines.dtype).reshape(-1, 1))
     return float(((ratio < low - 0.5) | (ratio > high + 0.5)).double().mean())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf: one pass without temporaries unless the sum itself overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -13,14 +13,14 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 
 from tsld_fx.errors import ConfigError
 from tsld_fx.model_folders import check_window, load_float, load_tokenizer
-from tsld_fx.perplexity import perplexity
+from tsld_fx.perplexity import check_tokens, perplexity
 from tsld_fx.plots import plot_run
 from tsld_fx.prepared import prepare
 from tsld_fx.progress import RichProgress
 from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
 from tsld_fx.settings import TRAINING_DEFAULTS, RunSettings
 from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
-from tsld_fx.trainer import TSLDTrainer, WholeCheckpointTrainer
+from tsld_fx.trainer import TSLDTrainer, WholeCheckpointTrainer, check_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,15 @@ class _Text:
         if split not in self._streams:
             self._streams[split] = tokenize(read_documents(sources, split), self.tokenizer)
         return self._streams[split]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Read all of it, so that text that cannot be used is refused before anything is written."""
+        for split in ("train", "validation", "test"):
+            stream = self.stream(split)
+            if stream is not None:
+                check_tokens(stream, model)
+                if split != "test":
+                    self.blocks(split)
 
     def blocks(self, split: str, segments: bool = False) -> TokenBlocks | None:
         stream = self.stream(split)
@@ -61,13 +70,16 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     folder = RunFolder(out, {"command": "finetune", "patience": patience, **settings.to_dict()})
     if (done := folder.result()) is not None:
         return done
-    tokenizer, model = load_tokenizer(settings.model), load_float(settings.model)
+    arguments = _arguments(settings, folder, by_epoch=True)
+    model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
     check_window(settings.data.block_size, model)
     text = _Text(settings, tokenizer)
+    text.check(model)
+    folder.begin()
     before = _evaluate(model, text, settings, quiet)
     trainer = WholeCheckpointTrainer(
         model=model,
-        args=_arguments(settings, folder, by_epoch=True),
+        args=arguments,
         train_dataset=text.blocks("train"),
         eval_dataset=text.blocks("validation"),
         callbacks=[MetricsFile(folder.metrics), EarlyStoppingCallback(early_stopping_patience=patience)],
@@ -95,11 +107,15 @@ def train(
     folder = RunFolder(out, {"command": "train", **settings.to_dict()})
     if (done := folder.result()) is not None:
         return done
-    tokenizer = load_tokenizer(settings.model)
+    arguments = _arguments(settings, folder)
+    model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
     teacher = load_float(settings.teacher or settings.model)
-    student = prepare(load_float(settings.model), settings.quant)
-    check_window(settings.data.block_size, student)
+    check_teacher(teacher, model)
+    check_window(settings.data.block_size, model)
     text = _Text(settings, tokenizer)
+    text.check(model)
+    student = prepare(model, settings.quant)
+    folder.begin()
     device = _device(settings)
     known = {
         "teacher": _evaluate(teacher.to(device), text, settings, quiet),
@@ -109,7 +125,7 @@ def train(
         model=student,
         teacher=teacher,
         distill=settings.distill,
-        args=_arguments(settings, folder),
+        args=arguments,
         train_dataset=text.blocks("train", settings.distill.separate_documents),
         eval_dataset=text.blocks("validation"),
         callbacks=[MetricsFile(folder.metrics), *callbacks],
@@ -182,4 +198,7 @@ def _arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False)
     values.setdefault("save_total_limit", 2)
     values.setdefault("disable_tqdm", True)  # RichProgress shows it
     values.setdefault("per_device_eval_batch_size", 8)
-    return TrainingArguments(output_dir=str(folder.checkpoints), report_to=[], **values)
+    try:
+        return TrainingArguments(output_dir=str(folder.checkpoints), report_to=[], **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: transformers refuses these arguments: {error}") from None

@@ -68,6 +68,11 @@ def mark_whole(folder: str | Path, step: int) -> None:
     write_whole(Path(folder) / f"checkpoint-{step}" / _WHOLE, f"{step}\n")
 
 
+def unmark_whole(folder: str | Path, step: int) -> None:
+    """Say that checkpoint-<step> is about to be written again."""
+    (Path(folder) / f"checkpoint-{step}" / _WHOLE).unlink(missing_ok=True)
+
+
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint with the highest step among those that were written to the end."""
     folder = Path(folder)
@@ -78,8 +83,10 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 class RunFolder:
     """The output folder of one command: `run.yaml`, `metrics.jsonl`, `checkpoints/`, results and plots.
 
+    Nothing is written before `begin`, so that a refused run leaves no folder behind.
+
     Args:
-        path: the folder; made if it does not exist.
+        path: the folder; `begin` makes it.
         settings: the run's whole configuration as plain data.
 
     Raises:
@@ -94,13 +101,17 @@ class RunFolder:
             raise CheckpointError(f"{self.path}: a file is in the way of the output folder. Choose another folder.")
         if record.is_file():
             self._check_same(record, settings)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not p.name.startswith(f".{record.name}.") for p in self.path.iterdir()):
             raise CheckpointError(
                 f"{self.path}: the output folder is not empty and not a run of tsld_fx. Choose another folder."
             )
-        else:
-            write_whole(record, yaml.safe_dump(settings, sort_keys=False))
         self.settings = settings
+
+    def begin(self) -> None:
+        """Make the folder and record the settings in it, once everything that can be refused has been checked."""
+        record = self.path / "run.yaml"
+        if not record.is_file():
+            write_whole(record, yaml.safe_dump(self.settings, sort_keys=False))
 
     @staticmethod
     def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
@@ -149,7 +160,11 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class MetricsFile(TrainerCallback):
-    """Append every log line to a JSON-lines file; a resumed run first drops the lines after its checkpoint."""
+    """Append every log line to a JSON-lines file; a resumed run first drops the lines after its checkpoint.
+
+    Each checkpoint gets a log line too: the mean loss since the last line is not part of a checkpoint, so that a
+    resumed run would otherwise log other means than one that was never stopped.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -160,6 +175,16 @@ class MetricsFile(TrainerCallback):
         """Cut the file back to the step that training starts from."""
         kept = [line for line in read_metrics(self.file) if line["step"] <= state.global_step and state.global_step]
         write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log where a checkpoint is written."""
+        control.should_log |= control.should_save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log where a checkpoint is written."""
+        control.should_log |= control.should_save
 
     def on_log(
         self,

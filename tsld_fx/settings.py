@@ -24,6 +24,13 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "seed": 0,
 }
+_NUMBERS = ("learning_rate", "max_steps", "num_train_epochs", "weight_decay", "max_grad_norm")
+_COUNTS = (
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,12 @@ class DataSettings:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+            value = (value,) if isinstance(value, str) else value or ()
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"data.{name} must be a name or a list of names, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if not self.train:
+            raise ConfigError("data.train is empty. Give at least one file, a data set's name, or 'demo'.")
         if not isinstance(self.block_size, int) or self.block_size < 2:
             raise ConfigError(f"data.block_size must be a whole number of at least 2, got {self.block_size!r}.")
 
@@ -75,8 +87,12 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.keep not in ("best", "last"):
             raise ConfigError(f"keep={self.keep!r} is not 'best' or 'last'.")
-        if self.checkpoint_steps < 1:
-            raise ConfigError(f"checkpoint_steps must be at least 1, got {self.checkpoint_steps}.")
+        for name in ("model", "teacher"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name} must be a folder or a name, got {value!r}.")
+        if not isinstance(self.checkpoint_steps, int) or self.checkpoint_steps < 1:
+            raise ConfigError(f"checkpoint_steps must be a whole number of at least 1, got {self.checkpoint_steps!r}.")
         _check_training(self.training)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,18 +115,19 @@ class RunSettings:
         Raises:
             ConfigError: an unknown key or value.
         """
-        values = dict(data)
-        check_keys(where, values, [f.name for f in fields(cls)])
+        check_keys(where, data, [f.name for f in fields(cls)])
+        values = {k: v for k, v in data.items() if v is not None}
         if not values.get("model"):
             raise ConfigError(f"{where}: 'model' is missing. Give the folder or name of the float model.")
+        for key, part in (("data", DataSettings), ("quant", QuantConfig), ("distill", DistillConfig)):
+            if key in values:
+                check_keys(f"{where}.{key}", values[key], [f.name for f in fields(part)])
         if "data" in values:
-            part = values["data"] or {}
-            check_keys(f"{where}.data", part, [f.name for f in fields(DataSettings)])
-            values["data"] = DataSettings(**part)
+            values["data"] = DataSettings(**values["data"])
         if "quant" in values:
-            values["quant"] = QuantConfig.from_dict(values["quant"] or {})
+            values["quant"] = QuantConfig.from_dict(values["quant"])
         if "distill" in values:
-            values["distill"] = DistillConfig.from_dict(values["distill"] or {})
+            values["distill"] = DistillConfig.from_dict(values["distill"])
         return cls(**values)
 
 
@@ -137,8 +154,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}). Give an existing YAML file.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}. Mend the file.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: expected a mapping at the top level, such as 'model: path'.")
     return data
@@ -147,6 +164,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 def _check_training(training: Mapping[str, Any]) -> None:
     from transformers import TrainingArguments
 
+    if not isinstance(training, Mapping):
+        raise ConfigError(f"training: expected a mapping of TrainingArguments' fields, got {training!r}.")
     known = [f.name for f in fields(TrainingArguments) if f.init]
     fixed = ("output_dir", "save_strategy", "save_steps", "load_best_model_at_end", "report_to")
     for key, value in training.items():
@@ -156,8 +175,10 @@ def _check_training(training: Mapping[str, Any]) -> None:
             )
         if key not in known:
             raise ConfigError(f"training: {key!r} is not a field of transformers.TrainingArguments.")
-        if key in ("learning_rate", "max_steps", "num_train_epochs") and not isinstance(value, int | float):
+        if key in _NUMBERS and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ConfigError(f"training.{key} must be a number, got {value!r} (in YAML write 1.0e-4, not 1e-4).")
+        if key in _COUNTS and not (isinstance(value, int) and (value > 0 or (key, value) == ("max_steps", -1))):
+            raise ConfigError(f"training.{key} must be a whole number of at least 1, got {value!r}.")
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from tsld_fx.errors import DataError
 
 DEMO = "demo"
+_TEXT_FILES = (".txt", ".xz", ".md", ".json", ".jsonl", ".csv")
 
 
 def read_documents(source: str | Sequence[str], split: str = "train") -> list[str]:
@@ -38,10 +39,15 @@ def _read(source: str, split: str) -> list[str]:
     if source == DEMO:
         from tsld_fx.demo.text import load_splits
 
-        return [document.text for document in load_splits()[split]]
+        splits = load_splits()
+        if split not in splits:
+            raise DataError(f"{DEMO}: no split {split!r}. It has {', '.join(splits)}.")
+        return [document.text for document in splits[split]]
     path = Path(source)
     if path.is_file():
         return [_read_file(path)]
+    if path.suffix in _TEXT_FILES and not path.exists():
+        raise DataError(f"{source}: no such file. Give an existing text file, a data set's name, or '{DEMO}'.")
     return _read_dataset(source, split)
 
 
@@ -52,7 +58,7 @@ def _read_file(path: Path) -> str:
                 text = stream.read()
         else:
             text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path}: not UTF-8 text ({error}). Give plain text files, or .txt.xz.") from None
     if not text.strip():
         raise DataError(f"{path}: the file is empty. Give a file with text in it.")

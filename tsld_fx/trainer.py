@@ -14,7 +14,8 @@ from tsld_fx import losses
 from tsld_fx.distill import DistillConfig, LossTerm
 from tsld_fx.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tsld_fx.prepared import PreparedModel, PreparedOutput, graph_model
-from tsld_fx.runs import last_whole_checkpoint, mark_whole
+from tsld_fx.quantizers import all_finite
+from tsld_fx.runs import last_whole_checkpoint, mark_whole, unmark_whole
 
 _FEED = ("input_ids", "attention_mask", "position_ids")
 
@@ -35,8 +36,10 @@ class WholeCheckpointTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not all_finite(parameter):
                 raise TrainingError(self._not_finite(f"'{name}' holds NaN or Inf"))
+        if self.args.should_save:
+            unmark_whole(self.args.output_dir, self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
         if self.args.should_save:
             mark_whole(self.args.output_dir, self.state.global_step)

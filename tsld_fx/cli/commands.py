@@ -23,13 +23,14 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML with the
 
 @app.command()
 def demo(
-    out: Out = Path("runs/demo"),
-    full: Annotated[bool, typer.Option("--full", help="Train to the end (about 40 minutes on two cores).")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default runs/demo or demo-full.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train to the end (2,000 steps, about ten minutes on two cores).")] = False,
     minutes: Annotated[float, typer.Option(help="Training time to aim at without --full.")] = 3.0,
 ) -> None:
     """Take the embedded decoder all the way: evaluate, ternary, TSLD training, convert, check, generate, report."""
     from tsld_fx.demo.run import run_demo
 
+    out = out or Path("runs/demo-full" if full else "runs/demo")
     say = lambda text: console.print(f"[bold]>[/] {text}")  # noqa: E731
     report = run_demo(out, full=full, minutes=minutes, say=say)
     table = Table("model", "validation perplexity", title="Embedded decoder, Python documentation")
@@ -97,7 +98,7 @@ def train(
     data = {"train": train, "validation": validation, "test": test, "block_size": block_size}
     changes: dict[str, Any] = {"teacher": teacher}
     if method is not None:
-        changes["distill"] = {"method": method}
+        changes["distill"] = {"method": method, "losses": None}
     weight = _weight(bits, scale, granularity, group_size)
     if weight is not None:
         changes["quant"] = {"weight": weight}
@@ -248,13 +249,13 @@ def _settings(
     from tsld_fx.settings import RunSettings, read_yaml
 
     values = read_yaml(config) if config is not None else {}
-    over = {"model": model, **(changes or {})}
-    values |= {k: v for k, v in over.items() if v is not None}
-    given = {k: v for k, v in data.items() if v}
-    if given:
-        values["data"] = {**(values.get("data") or {}), **given}
-    if training:
-        values["training"] = {**(values.get("training") or {}), **training}
+    over = {"model": model, "data": {k: v for k, v in data.items() if v not in (None, [])}, "training": training}
+    for key, value in {**over, **(changes or {})}.items():
+        old = values.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            values[key] = {**old, **value}
+        elif value not in (None, {}):
+            values[key] = value
     return RunSettings.from_dict(values, str(config) if config else "options")
 
 

@@ -64,8 +64,10 @@ def main() -> None:
     except TsldError as error:
         if _options["traceback"]:
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        message = " ".join(str(error).split())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command resumes from the last checkpoint.")
-        sys.exit(130)
+    except SystemExit as stop:  # typer turns Ctrl-C into exit code 130
+        if stop.code == 130:
+            Console(stderr=True).print("stopped; the same command resumes from the last checkpoint.")
+        raise

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tsld_fx.config import QuantConfig
-from tsld_fx.errors import TrainingError
+from tsld_fx.errors import CheckpointError, TrainingError
 from tsld_fx.inspection import float32_bytes, layer_table, packed_bytes, weights_equal
 from tsld_fx.losses import ground_truth, token_scaled_logit_distillation
 from tsld_fx.lowered import convert
@@ -29,7 +29,7 @@ from tsld_fx.text_data import DEMO, read_documents, tokenize
 BLOCK = 256  # tokens
 BATCH = 8  # sequences per step
 RATE = 1e-3  # the peak learning rate
-FULL_STEPS = 4000
+FULL_STEPS = 2000
 PROMPTS = ("Return a new list", "class Path(object):\n", "The exception raised when")
 Say = Callable[[str], None]
 
@@ -102,6 +102,7 @@ def run_demo(out: str | Path, *, full: bool = False, minutes: float = 3.0, say: 
 
     Raises:
         TrainingError: a packed weight differs from the trained one.
+        CheckpointError: `full` on the folder of a short demo.
     """
     out, start = Path(out), time.perf_counter()
     record = out / "train" / "run.yaml"
@@ -109,6 +110,11 @@ def run_demo(out: str | Path, *, full: bool = False, minutes: float = 3.0, say: 
         recorded = read_yaml(record)
         recorded.pop("command", None)
         settings = RunSettings.from_dict(recorded)
+        if full and settings.training["max_steps"] < FULL_STEPS:
+            raise CheckpointError(
+                f"{out}: this folder holds a demo of {settings.training['max_steps']} steps. "
+                "Choose another output folder for the full one."
+            )
         say(f"resuming the demo in {out}")
     else:
         say("measuring this machine's training speed")
