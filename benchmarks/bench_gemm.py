@@ -1,0 +1,138 @@
+"""Low-bit GEMM against cuBLAS fp16 and humming-kernels on one GPU.
+
+    python benchmarks/bench_gemm.py
+
+CUDA graphs over weights that rotate through at least four times the L2; every kernel multiplies the same ternary
+values (per-channel scales, fp16 activations). Prints microseconds, ratios and bytes per second against the copy
+ceiling of the same run, and writes everything to benchmarks/results/. humming is skipped where it is not installed
+(`pip install humming-kernels`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gemm_rivals
+import torch
+from gemm_timing import copy_ceiling_bytes_per_second, microseconds_per_call, rotation
+from machine import describe
+from torch import Tensor
+
+from tsld_fx.codegen import LowBitGemm
+from tsld_fx.codegen.compiler import find_compiler
+from tsld_fx.codegen.layout import kernel_group
+
+SHAPES = ((22016, 4096), (4096, 11008), (4096, 4096))
+TOKENS = (1, 16, 64, 256, 2048)
+
+
+def random_layer(n: int, k: int, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (packed uint8, scales float32, dense float32 weight), ternary values whatever the bits."""
+    ternary = torch.randint(0, 3, (n, k), dtype=torch.int32, device="cuda") - 1
+    codes = ternary + (1 if bits == 2 else 2 ** (bits - 1))
+    per_byte = 8 // bits
+    parts = codes.view(n, -1, per_byte)
+    packed = sum(parts[:, :, i] << (bits * i) for i in range(per_byte)).to(torch.uint8)
+    groups = k // group_size if group_size else 1
+    scales = torch.rand(n, groups, device="cuda") * 0.02 + 0.01
+    dense = ternary.float() * scales.repeat_interleave(k // groups, dim=1)
+    return packed, scales, dense
+
+
+def ours(packed: Tensor, scales: Tensor, bits: int, group_size: int, k: int, args: Any) -> list[LowBitGemm]:
+    first = LowBitGemm.pack(packed, scales, None, bits, group_size, k, target=args.target)
+    copies = [first]
+    for _ in range(rotation(first.weights.nbytes) - 1):
+        copies.append(LowBitGemm.pack(packed, scales, None, bits, group_size, k, target=args.target))
+    return copies
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def bench_shape(n: int, k: int, args: Any, ceiling: float) -> list[dict[str, Any]]:
+    packed, scales, dense = random_layer(n, k, args.bits, args.group_size)
+    gemms = ours(packed, scales, args.bits, args.group_size, k, args)
+    dense_calls = gemm_rivals.cublas(dense, rotation(2 * n * k))
+    rival = None if args.no_humming else gemm_rivals.humming(dense, rotation(n * k // 4))
+    rows = []
+    for m in args.tokens:
+        x = torch.randn(m, k, dtype=torch.float16, device="cuda")
+        expected = x.double() @ dense.double().T
+        row: dict[str, Any] = {"n": n, "k": k, "m": m, "bits": args.bits, "group_size": args.group_size}
+        plan = gemms[0].plan(m)
+        row |= {"config": plan.config.name, "splits": plan.splits}
+        row["ours_us"] = microseconds_per_call([partial(g, x) for g in gemms])
+        row["ours_error"] = relative_error(gemms[0](x), expected)
+        if args.no_overlap_too:
+            row["ours_no_overlap_us"] = microseconds_per_call([partial(g, x, overlap=False) for g in gemms])
+        row["cublas_us"] = microseconds_per_call([partial(f, x) for f in dense_calls])
+        if rival is not None:
+            row["humming_us"] = microseconds_per_call([partial(f, x) for f in rival])
+            row["humming_error"] = relative_error(rival[0](x), expected)
+        moved = gemms[0].weights.nbytes + 2 * m * (n + k)
+        row["ours_bytes_per_s"] = moved / row["ours_us"] * 1e6
+        row["of_copy_ceiling"] = row["ours_bytes_per_s"] / ceiling
+        row["ours_tflops"] = 2e-6 * m * n * k / row["ours_us"]
+        rows.append(row)
+        print_row(row)
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    text = f"{row['n']:>6}x{row['k']:<6} M={row['m']:<5} ours {row['ours_us']:8.2f} us"
+    if "ours_no_overlap_us" in row:
+        text += f" (alone {row['ours_no_overlap_us']:7.2f})"
+    text += f"  cuBLAS {row['cublas_us']:8.2f} ({row['cublas_us'] / row['ours_us']:5.2f}x)"
+    if "humming_us" in row:
+        text += f"  humming {row['humming_us']:8.2f} ({row['humming_us'] / row['ours_us']:5.2f}x)"
+    text += f"  {row['ours_bytes_per_s'] / 1e12:5.2f} TB/s = {row['of_copy_ceiling']:4.0%}"
+    print(text + f"  {row['ours_tflops']:6.1f} TFLOP/s  err {row['ours_error']:.1e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--bits", type=int, default=2, choices=(2, 4, 8))
+    parser.add_argument("--group-size", type=int, default=0)
+    parser.add_argument("--target", help='build for this target; "compute_80" runs the A100 code path through PTX')
+    parser.add_argument("--no-humming", action="store_true")
+    parser.add_argument("--no-overlap-too", action="store_true", help="also time without overlapping launches")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/gemm_<gpu>_w<bits>....json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_gemm.py needs an NVIDIA GPU that torch can use.")
+    args.tokens = [int(m) for m in args.tokens.split(",")]
+    kernel_group(args.group_size, 1 << 30)
+    gpu = torch.cuda.get_device_name()
+    ceiling = copy_ceiling_bytes_per_second()
+    print(f"{gpu}, torch {torch.__version__}, copy ceiling {ceiling / 1e12:.2f} TB/s (read + write)", flush=True)
+    kind = f"w{args.bits}_g{args.group_size}" + (f"_{args.target}" if args.target else "")
+    out = args.out or Path(__file__).parent / "results" / f"gemm_{gpu.split()[-1].lower()}_{kind}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        **describe(),
+        "cuda": torch.version.cuda,
+        "compiler": find_compiler().version,
+        "date": time.strftime("%Y-%m-%d"),
+        "copy_bytes_per_s": ceiling,
+        "rows": [],
+    }
+    for shape in args.shapes.split(","):
+        n, k = map(int, shape.split("x"))
+        record["rows"] += bench_shape(n, k, args, ceiling)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        torch.cuda.empty_cache()
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

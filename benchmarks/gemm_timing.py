@@ -1,0 +1,61 @@
+"""Time matrix products the way decoding runs them: CUDA-graph replay over weights that rotate through memory.
+
+One hot matrix would sit in the L2 cache; the weights of a model do not. So a graph calls one layer after another, with
+weights of at least four times the L2 in all, and the time per call is the graph's time over its number of calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def rotation(weight_bytes: int, device: int = 0, times_l2: float = 4.0, least: int = 4) -> int:
+    """Number of copies of a weight whose total is at least `times_l2` of the L2 cache."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(least, -(-int(times_l2 * l2) // max(weight_bytes, 1)))
+
+
+def microseconds_per_call(calls: Sequence[Callable[[], object]], target_us: float = 4000.0, samples: int = 7) -> float:
+    """Median over `samples` of graph replays that last about `target_us` each."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay(count: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000 / count
+
+    replay(2)
+    count = max(1, int(target_us / max(replay(2), 1.0)))
+    return statistics.median(replay(count) for _ in range(samples)) / len(calls)
+
+
+def copy_ceiling_bytes_per_second(gib: float = 4.0) -> float:
+    """Device-to-device copy of random bytes: bytes read plus bytes written per second, median of ten."""
+    source = torch.randint(-(2**31), 2**31 - 1, (int(gib * 2**28),), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+
+    def seconds() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    seconds()
+    return 2 * source.numel() * 4 / statistics.median(seconds() for _ in range(10))

@@ -1,0 +1,225 @@
+"""Search tile shapes and split-K on the GPU at hand, and write the table that `select_config` reads.
+
+    python benchmarks/gemm_tune.py --tokens 1,16,64,256,2048 --all runs/tune.json --table codegen/tuned/sm_90.json
+
+`--table` replaces the entries of the same bits and kind of scale and keeps the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from gemm_timing import microseconds_per_call, rotation
+
+from tsld_fx.codegen.config import GemmConfig, shared_limit
+from tsld_fx.codegen.cuda_gemm import LowBitGemm, build_kernel
+from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
+from tsld_fx.codegen.select_config import Plan
+from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.errors import BackendError
+
+SPLITS = (1, 2, 3, 4, 6, 8)
+
+
+def mma_candidates(m: int) -> list[GemmConfig]:
+    tokens = next((t for t in (1, 2, 4, 8, 16, 32, 64) if t >= m), 128)
+    found = []
+    for wn, wk, rt, stages in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (2, 4)):
+        wm = 2 if tokens == 128 else 1
+        warps, accumulators = wn * wm * wk, rt * -(-tokens // (8 * wm)) * 4
+        if warps not in (8, 16) or accumulators > 128 or accumulators * warps > 1024:
+            continue
+        if (tokens <= 8 and (wn * rt > 8 or wk < 8)) or (tokens >= 16 and (wn * rt < 4 or wk > 4)):
+            continue
+        found.append(GemmConfig(tokens, wn, wm, wk, rt, stages))
+    return found
+
+
+def stream_candidates(m: int) -> list[GemmConfig]:
+    tokens = next(t for t in (1, 2, 4, 8, 16, 32, 64) if t >= m)
+    return [
+        GemmConfig(tokens, 1, 1, warps, rt, stages, "stream")
+        for warps, rt, stages in itertools.product((8, 16), (1, 2, 4), (3, 4, 6, 8))
+        if rt * tokens <= 128 and rt * stages <= 16
+    ]
+
+
+def wgmma_candidates(m: int) -> list[GemmConfig]:
+    found = []
+    for tokens, groups, rt, stages in itertools.product((32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
+        if rt * tokens > 256 or tokens >= 2 * max(m, 32) or (m >= 4 * tokens and tokens < 128):
+            continue
+        found.append(GemmConfig(tokens, 4 * groups, 1, 1, rt, stages, "wgmma"))
+    return found
+
+
+def candidates(spec: KernelSpec, m: int, kernels: str) -> list[GemmConfig]:
+    wanted = kernels.split(",")
+    found = stream_candidates(m) if "stream" in wanted and m <= 64 else []
+    if "mma" in wanted:
+        found += mma_candidates(m)
+    if "wgmma" in wanted and spec.hopper and m > 16:
+        found += wgmma_candidates(m)
+    limit = shared_limit(spec.capability)
+    return [c for c in found if c.shared_bytes(spec) <= limit]
+
+
+def random_weights(n: int, k: int, bits: int, group: int) -> KernelWeights:
+    """Random valid codes, straight in kernel layout: a speed measurement needs no particular values."""
+    tiles, chunks = -(-n // 16), -(-k // 128)
+    padded = tiles + SLACK_TILES
+    codes = torch.randint(0, 256, (padded * chunks * 256 * bits,), dtype=torch.uint8, device="cuda")
+    if bits == 2:  # 10 is no ternary code
+        odd = codes & 0x55
+        codes = odd | ((codes & 0xAA) & (odd << 1))
+    meta = None
+    if group:
+        scales = torch.rand(padded, chunks, 128 // group * 16, device="cuda").half().view(torch.uint8)
+        zeros = torch.randint(0, 2**bits, (padded, chunks, 128 // group * 16), dtype=torch.uint8, device="cuda")
+        meta = (scales if bits == 2 else torch.cat([scales, zeros], dim=2)).flatten()
+    row_scale = torch.rand(tiles * 16, device="cuda")
+    row_zero = torch.full((tiles * 16,), 2 ** (bits - 1), dtype=torch.uint8, device="cuda")
+    return KernelWeights(codes, meta, row_scale, None if group or bits == 2 else row_zero, bits, group, n, k)
+
+
+def layers(n: int, k: int, bits: int, group: int, target: str | None) -> list[LowBitGemm]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    count = rotation(n * k * bits // 8)
+    return [LowBitGemm(random_weights(n, k, bits, group), device, target) for _ in range(count)]
+
+
+def plans(gemm: LowBitGemm, config: GemmConfig, m: int) -> list[Plan]:
+    """Split-K values and blocks per multiprocessor that make sense for this shape."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    spec, weights = gemm.spec("fp16"), gemm.weights
+    limit = shared_limit(spec.capability)
+    tiles = math.prod(Plan(config).tiles(m, weights.row_tiles))
+    found = []
+    for splits in SPLITS:
+        per_split = -(-weights.chunks // splits)
+        if splits > 1 and (per_split < config.stage_chunks or -(-weights.chunks // per_split) != splits):
+            continue
+        if config.kernel == "mma":
+            if splits == 1 or 0.4 * multiprocessors < tiles * splits <= 4.5 * multiprocessors:
+                found.append(Plan(config, splits))
+        elif config.kernel == "stream":
+            for per_sm in (1, 2, 4):
+                plan = Plan(config, splits, per_sm)
+                shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, multiprocessors)
+                if shared * per_sm <= limit and per_sm * config.threads <= 2048:
+                    found.append(plan)
+        elif splits == 1 or tiles * splits <= 4.5 * multiprocessors:
+            most = min(3, limit // config.shared_bytes(spec), config.least_blocks(spec))
+            found += [Plan(config, splits, per_sm) for per_sm in range(1, most + 1)]
+    return found
+
+
+def tune(gemms: list[LowBitGemm], m: int, kernels: str, deadline: float) -> list[tuple[float, Plan]]:
+    """(microseconds, plan), fastest first: every candidate once, the best ten again with care."""
+    x = torch.randn(m, gemms[0].weights.in_features, dtype=torch.float16, device="cuda")
+    results = []
+    for config in candidates(gemms[0].spec("fp16"), m, kernels):
+        for plan in plans(gemms[0], config, m):
+            if time.monotonic() > deadline:
+                break
+            calls = [lambda g=g, plan=plan: g(x, plan=plan) for g in gemms]
+            try:
+                results.append((microseconds_per_call(calls, target_us=400.0, samples=3), plan))
+            except BackendError as error:
+                print(f"# {config.name}: {error}", file=sys.stderr)
+    results.sort(key=lambda r: r[0])
+    again = [
+        (microseconds_per_call([lambda g=g, p=plan: g(x, plan=p) for g in gemms], target_us=2000.0), plan)
+        for _, plan in results[:8]
+    ]
+    return sorted(again, key=lambda r: r[0]) + results[8:]
+
+
+def build_all(spec: KernelSpec, tokens: list[int], kernels: str, workers: int) -> int:
+    """Compile every candidate into the cache, several at once."""
+    configs = list(dict.fromkeys(c for m in tokens for c in candidates(spec, m, kernels)))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda c: build_kernel(spec, c), configs))
+    return len(configs)
+
+
+def token_ranges(tokens: list[int]) -> dict[int, tuple[int, int]]:
+    """Which M the plan found at each M serves: from just above the M before (or half of it) up to it."""
+    ranges, ordered = {}, sorted(tokens)
+    for before, m in zip([0, *ordered], ordered, strict=False):
+        ranges[m] = (max(before + 1, m // 2 + 1), m)
+    ranges[ordered[-1]] = (ranges[ordered[-1]][0], 1 << 30)
+    return ranges
+
+
+def write_table(path: Path, found: list[dict[str, Any]], bits: int, group: int) -> None:
+    """The fastest plan per shape and M, beside the entries of other kinds of weights that the file holds."""
+    kept = json.loads(path.read_text())["entries"] if path.exists() else []
+    kept = [e for e in kept if (e["bits"], bool(e["group"])) != (bits, bool(group))]
+    ranges = token_ranges(sorted({f["m"] for f in found}))
+    fields = ("bits", "group", "n", "k", "us", "splits", "per_sm", "config")
+    for entry in (f for f in found if f["rank"] == 0):
+        low, high = ranges[entry["m"]]
+        kept.append({"m_min": low, "m_max": high, **{name: entry[name] for name in fields}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(e) for e in kept)
+    path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", default="22016x4096,4096x11008,4096x4096")
+    parser.add_argument("--tokens", default="1,16,64,256,2048")
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group", type=int, default=0)
+    parser.add_argument("--kernels", default="stream,mma,wgmma")
+    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--all", type=Path, help="write every measurement here")
+    parser.add_argument("--table", type=Path, help="write the fastest plans here, for select_config")
+    args = parser.parse_args()
+    spec = KernelSpec("fp16", args.bits, args.group, args.target)
+    tokens = [int(m) for m in args.tokens.split(",")]
+    print(f"# {build_all(spec, tokens, args.kernels, args.workers)} kernels built", flush=True)
+    if args.build_only:
+        return
+    start, found = time.monotonic(), []
+    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes.split(",")]
+    jobs = [(n, k, m) for n, k in shapes for m in tokens]
+    for index, (n, k, m) in enumerate(jobs):
+        left = args.seconds - (time.monotonic() - start)
+        gemms = layers(n, k, args.bits, args.group, args.target)
+        ranked = tune(gemms, m, args.kernels, time.monotonic() + left / (len(jobs) - index))
+        for rank, (us, plan) in enumerate(ranked):
+            entry = {
+                "n": n,
+                "k": k,
+                "m": m,
+                "us": round(us, 2),
+                "splits": plan.splits,
+                "per_sm": plan.per_sm,
+                "config": vars(plan.config),
+            }
+            found.append({"bits": args.bits, "group": args.group, "target": args.target, "rank": rank, **entry})
+            if rank < 3:
+                what = f"w{args.bits} g{args.group} {n}x{k} m={m}"
+                print(f"{what} {us:.2f} us {plan.config.name} x{plan.splits} p{plan.per_sm}", flush=True)
+    if args.all:
+        args.all.write_text(json.dumps(found))
+    if args.table:
+        write_table(args.table, found, args.bits, args.group)
+
+
+if __name__ == "__main__":
+    main()

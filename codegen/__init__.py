@@ -1,0 +1,18 @@
+"""From a kernel specification to a running CUDA kernel: spec -> configuration -> source -> binary -> launch.
+
+spec.py           what a kernel computes
+config.py         tile shapes; select_config.py chooses them by shape and architecture
+render.py         source text (pure)
+compiler.py       nvcc or NVRTC; cache.py keeps the binaries
+driver.py         load and launch through the CUDA driver
+layout.py         canonical packed weights -> kernel layout
+workspace.py      memory for split-K
+cuda_gemm.py      LowBitGemm, the call
+
+Importing builds nothing and touches no GPU.
+"""
+
+from tsld_fx.codegen.cuda_gemm import LowBitGemm
+from tsld_fx.codegen.spec import KernelSpec
+
+__all__ = ["KernelSpec", "LowBitGemm"]

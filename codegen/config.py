@@ -1,0 +1,169 @@
+"""How a kernel computes: tile shapes and pipeline depth. Mirrors the sizes of `cuda_templates/tsld/*.cuh`.
+
+The rendered source asserts that both sides agree, so that a mistake here is a compile error, not a bad launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tsld_fx.codegen.spec import CHUNK, TILE_ROWS, KernelSpec
+from tsld_fx.errors import BackendError
+
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+_REGISTERS = 65536  # of a multiprocessor
+_PAD_ROWS = 20  # epilogue.cuh: floats per token in shared memory
+
+
+def shared_limit(capability: int) -> int:
+    """Bytes of shared memory that one block may take on this architecture."""
+    return SHARED_LIMIT[max(c for c in SHARED_LIMIT if c <= max(capability, 80))]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _round_up(a: int, b: int) -> int:
+    return _ceil_div(a, b) * b
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile shapes of one kernel.
+
+    tokens: rows of x staged per block (1 for one token; otherwise the tokens of a block).
+    warps_n x warps_m x warps_k: how the warps share output rows, tokens and inputs.
+    row_tiles: 16-row tiles per warp (mma, stream) or 64-row tiles per warp group of four warps (wgmma).
+    stages: buffers of the asynchronous copies.
+    kernel: "stream" (few tokens; all warps lie along the inputs), "mma" (any number of tokens) or "wgmma" (Hopper,
+        many tokens; all warps lie along the rows).
+    """
+
+    tokens: int
+    warps_n: int
+    warps_m: int
+    warps_k: int
+    row_tiles: int
+    stages: int
+    kernel: Literal["stream", "mma", "wgmma"] = "mma"
+
+    def __post_init__(self) -> None:
+        if self.kernel == "stream" and (self.warps_m != 1 or self.warps_n != 1 or self.tokens > 64):
+            raise BackendError(
+                f"GemmConfig {self.name}: a stream kernel takes at most 64 tokens, and all its warps lie along the "
+                "inputs."
+            )
+        if self.kernel == "wgmma" and (
+            self.warps_m != 1
+            or self.warps_k != 1
+            or self.warps_n % 4
+            or self.tokens not in (32, 64, 128, 256)
+            or self.block_rows > 512
+        ):
+            raise BackendError(
+                f"GemmConfig {self.name}: a wgmma kernel takes 32, 64, 128 or 256 tokens, whole groups of four warps "
+                "along the rows, and at most 512 rows per block."
+            )
+
+    @property
+    def threads(self) -> int:
+        if self.kernel == "wgmma":
+            return 32 * self.warps_n + (128 if self.moves_registers else 32)
+        return 32 * self.warps_n * self.warps_m * self.warps_k
+
+    @property
+    def moves_registers(self) -> bool:
+        """WgmmaConfig::kMoveRegisters: a whole producer warp group gives its registers to the consumers."""
+        return self.kernel == "wgmma" and self.row_tiles * self.tokens > 192
+
+    def least_blocks(self, spec: KernelSpec) -> int:
+        """Blocks that shall fit on one multiprocessor: bounds the registers that the compiler may take."""
+        if self.moves_registers:
+            return 1
+        if self.kernel == "wgmma":
+            registers, warps = self.row_tiles * self.tokens // 2 + 66, self.threads // 32
+            fitting = [b for b in (3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]
+            return max(fitting, default=1)
+        sums = (
+            self.row_tiles * self.token_tiles * (8 if spec.group and self.token_tiles < 4 else 4)
+        )  # fp32 accumulators per thread
+        registers = sums + 4 * self.token_tiles + 6 * self.row_tiles + (48 if spec.bits == 2 else 64)
+        return max(1, min(_REGISTERS // (self.threads * registers), 1024 // self.threads))
+
+    @property
+    def token_tiles(self) -> int:
+        """8-token tiles per warp."""
+        return _ceil_div(self.tokens, 8 * self.warps_m)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of an output tile; for stream: of a row group, of which a block takes several."""
+        return self.warps_n * self.row_tiles * TILE_ROWS
+
+    @property
+    def block_tokens(self) -> int:
+        if self.kernel == "stream":
+            return self.tokens
+        return self.warps_m * self.token_tiles * 8
+
+    @property
+    def stage_chunks(self) -> int:
+        """Chunks of 128 inputs that a block needs at least to keep its warps busy."""
+        return 1 if self.kernel == "stream" else self.warps_k
+
+    def shared_bytes(self, spec: KernelSpec) -> int:
+        """Shared memory of a block that does not depend on the shape, bytes; kSharedBytes of the configuration."""
+        if self.kernel == "stream":
+            return self.warps_k * self.stages * self.row_tiles * (tile_bytes(spec.bits) + meta_bytes(spec))
+        if self.kernel == "wgmma":
+            tiles = self.block_rows // TILE_ROWS
+            stage = self.tokens * CHUNK * 2 + tiles * tile_bytes(spec.bits) + _round_up(tiles * meta_bytes(spec), 1024)
+            return 1024 + self.stages * stage
+        x_bytes = _round_up(self.tokens * (self.warps_k * CHUNK * 2 + 16), 128)
+        warp_tiles = self.warps_n * self.warps_k * self.row_tiles
+        stage = x_bytes + warp_tiles * tile_bytes(spec.bits) + _round_up(warp_tiles * meta_bytes(spec), 128)
+        reduce = self.threads // 32 * self.token_tiles * 8 * _PAD_ROWS * 4
+        return max(self.stages * stage, reduce)
+
+    def shape_bytes(self, spec: KernelSpec, groups: int, chunks: int) -> int:
+        """Shared memory that depends on the shape: a block's row groups and chunks (gemm_stream.cuh), bytes."""
+        if self.kernel != "stream":
+            return 0
+        rows = self.row_tiles * TILE_ROWS
+        x_bytes = self.tokens * (chunks * CHUNK * 2 + 16)
+        slots = (groups + self.warps_k) * self.tokens * (rows + 4) * 4
+        return x_bytes + slots + (groups * rows if spec.bits > 2 else 0)
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.kernel}_t{self.tokens}_w{self.warps_n}x{self.warps_m}x{self.warps_k}"
+            f"_r{self.row_tiles}_s{self.stages}"
+        )
+
+    def fitted(self, spec: KernelSpec, limit: int) -> GemmConfig:
+        """The nearest configuration that fits into `limit` bytes of shared memory: fewer stages, then smaller tiles."""
+        smaller = [replace(self, stages=s) for s in range(self.stages, 1, -1)]
+        smaller += [replace(self, stages=2, row_tiles=r) for r in (2, 1) if r < self.row_tiles]
+        smaller += [replace(self, stages=2, row_tiles=1, warps_k=k) for k in (4, 2, 1) if k < self.warps_k]
+        for config in smaller:
+            if config.shared_bytes(spec) <= limit:
+                return config
+        raise BackendError(
+            f"GemmConfig {self.name} needs {self.shared_bytes(spec)} bytes of shared memory for {spec.name}; "
+            f"{spec.target} has {limit} per block, too little for smaller tiles too. Choose fewer tokens per block."
+        )
+
+
+def tile_bytes(bits: int) -> int:
+    """Bytes of codes of one (16-row tile, 128-input chunk)."""
+    return TILE_ROWS * CHUNK * bits // 8
+
+
+def meta_bytes(spec: KernelSpec) -> int:
+    """Bytes of group scales (fp16) and zero points (uint8, bits > 2) of one (tile, chunk)."""
+    if not spec.group:
+        return 0
+    return CHUNK // spec.group * TILE_ROWS * (2 if spec.bits == 2 else 3)

@@ -1,0 +1,238 @@
+"""`LowBitGemm`: packed low-bit weights of one linear layer on a GPU, and the call that multiplies with them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tsld_fx.codegen import workspace
+from tsld_fx.codegen.cache import KernelCache
+from tsld_fx.codegen.compiler import KernelBuildError, find_compiler
+from tsld_fx.codegen.config import GemmConfig, shared_limit
+from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel, tensor_map
+from tsld_fx.codegen.layout import KernelWeights, to_kernel_layout
+from tsld_fx.codegen.render import kernel_name, render
+from tsld_fx.codegen.select_config import Plan, choose
+from tsld_fx.codegen.spec import Activation, KernelSpec
+from tsld_fx.errors import BackendError
+
+_ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class GemmParams(ctypes.Structure):
+    """Arguments of a kernel; mirrors `cuda_templates/tsld/params.cuh`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "meta", "row_scale", "row_zero", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("partial", "counters")),
+        ("ldx", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "row_tiles", "chunks", "chunks_per_split")),
+    ]
+
+
+def build_kernel(spec: KernelSpec, config: GemmConfig) -> tuple[bytes, str]:
+    """-> (cubin or PTX, compiler log), from the cache or built now. Needs no GPU."""
+    source = render(spec, [config])
+    try:
+        return KernelCache.default().get_or_build(source, spec.target, find_compiler())
+    except KernelBuildError as error:
+        raise KernelBuildError(
+            f"Building the CUDA kernel for {spec} with {config} failed.\n{error}\n"
+            "If the compiler is older than CUDA 12 or does not know this GPU, install a newer toolkit (CUDA_HOME, "
+            "TSLD_NVCC); otherwise report this message, and use backend='reference' meanwhile."
+        ) from error
+
+
+@lru_cache(maxsize=512)
+def _kernel(spec: KernelSpec, config: GemmConfig, device: int) -> LoadedKernel:
+    ensure_context(device)
+    binary, _ = build_kernel(spec, config)
+    kernel = load_kernel(binary, kernel_name(spec, config), config.threads)
+    kernel.allow_shared(
+        shared_limit(spec.capability) if config.kernel == "stream" else config.shared_bytes(spec), device
+    )
+    return kernel
+
+
+@lru_cache(maxsize=64)
+def _device_facts(index: int) -> tuple[str, int]:
+    """-> (target to build for, number of multiprocessors). Raises for devices that no kernel serves."""
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major * 10 + properties.minor
+    if capability < 80:
+        raise BackendError(
+            f"cuda:{index} ({properties.name}) has compute capability {properties.major}.{properties.minor}; the "
+            "low-bit kernels need 8.0 (A100) or later. Use backend='reference' on this GPU."
+        )
+    return ("sm_90a" if capability == 90 else f"sm_{capability}"), properties.multi_processor_count
+
+
+def _cuda_device(device: torch.device | str | int) -> torch.device:
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "backend='cuda' needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False here. "
+            "Install a CUDA build of torch and a driver, or use backend='cpu'."
+        )
+    found = torch.device(device)
+    if found.type != "cuda":
+        raise BackendError(f"The CUDA kernels cannot hold weights on {found}. Pass device='cuda'.")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= torch.cuda.device_count():
+        raise BackendError(f"There is no cuda:{index} here; torch sees {torch.cuda.device_count()} device(s).")
+    return torch.device("cuda", index)
+
+
+class LowBitGemm:
+    """y = x @ dequantised(weights).T + bias for fp16 or bf16 x, accumulated in float32, rounded once.
+
+    target: what to build kernels for; default the device's own architecture. "compute_80" builds PTX that the
+    driver compiles (how the A100 code path is tested on a newer GPU).
+    """
+
+    def __init__(self, weights: KernelWeights, device: torch.device, target: str | None = None) -> None:
+        self.device = device
+        native, self._multiprocessors = _device_facts(device.index)
+        self._target = target or native
+        self.weights = weights
+        self._overlap = self.spec("fp16").capability >= 90  # the code for sm_80 does not wait for earlier kernels
+
+    @classmethod
+    def pack(
+        cls,
+        packed: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bits: int,
+        group_size: int,
+        in_features: int,
+        device: torch.device | str | int = "cuda",
+        target: str | None = None,
+    ) -> LowBitGemm:
+        """Take one layer in the canonical packed format (see `layout`) to `device`, in kernel layout."""
+        where = _cuda_device(device)
+        _device_facts(where.index)
+        try:
+            parts = [None if t is None else t.detach().to(where) for t in (packed, scales, zeros)]
+            assert parts[0] is not None and parts[1] is not None
+            weights = to_kernel_layout(parts[0], parts[1], parts[2], bits, group_size, in_features)
+            workspace.prepare(where)
+            torch.cuda.synchronize(where)  # kernels prefetch weights before they wait for the stream
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"Out of memory on {where} while packing {list(packed.shape)} weights of {bits} bits. Free GPU memory, "
+                f"or pack on another device. ({error})"
+            ) from error
+        return cls(weights, where, target)
+
+    def _check(self, x: Tensor, bias: Tensor | None) -> Activation:
+        if x.device != self.device:
+            raise BackendError(
+                f"x is on {x.device}, the weights are on {self.device}. Move x with x.to('{self.device}')."
+            )
+        if x.dtype not in _ACTIVATIONS:
+            raise BackendError(
+                f"No CUDA kernel takes {x.dtype} activations. Cast x to torch.float16 or torch.bfloat16."
+            )
+        if x.dim() < 1 or x.shape[-1] != self.weights.in_features:
+            raise BackendError(
+                f"x has shape {list(x.shape)}; its last dimension must be in_features={self.weights.in_features}."
+            )
+        if bias is not None and (
+            bias.shape != (self.weights.out_features,) or bias.dtype != x.dtype or bias.device != self.device
+        ):
+            raise BackendError(
+                f"bias must be {x.dtype} [{self.weights.out_features}] on {self.device}; got {bias.dtype} "
+                f"{list(bias.shape)} on {bias.device}. Cast or move it."
+            )
+        return _ACTIVATIONS[x.dtype]
+
+    def plan(self, m: int, activation: Activation = "fp16") -> Plan:
+        """The configuration that a call with `m` tokens runs."""
+        weights = self.weights
+        return choose(
+            self.spec(activation), weights.out_features, weights.in_features, max(m, 1), self._multiprocessors
+        )
+
+    def spec(self, activation: Activation) -> KernelSpec:
+        return KernelSpec(activation, self.weights.bits, self.weights.group, self._target)
+
+    def __call__(
+        self, x: Tensor, bias: Tensor | None = None, *, plan: Plan | None = None, overlap: bool | None = None
+    ) -> Tensor:
+        """x [..., in_features] -> [..., out_features], on the current stream; any strides, any number of tokens.
+
+        plan: run this configuration instead of the chosen one (tuning). overlap: False launches without overlap with
+        the kernel before (see `LoadedKernel.launch`); otherwise Hopper and later overlap.
+        """
+        activation = self._check(x, bias)
+        weights = self.weights
+        n, k = weights.out_features, weights.in_features
+        y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+        m = y.numel() // n if n else 0
+        if m == 0:
+            return y
+        if k == 0:
+            return y.copy_(bias) if bias is not None else y.zero_()
+        if m >= 2**31:
+            raise BackendError(f"x has {m} rows; one call takes fewer than 2^31. Split the batch.")
+        rows = _aligned_rows(x.reshape(m, k))
+        with torch.cuda.device(self.device):
+            self._launch(rows, bias, y, plan or self.plan(m, activation), activation, overlap)
+        return y
+
+    def _launch(
+        self,
+        rows: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        plan: Plan,
+        activation: Activation,
+        overlap: bool | None,
+    ) -> None:
+        """Enqueue one kernel; rows [m, k] with 16-byte aligned rows."""
+        weights, m, spec = self.weights, rows.shape[0], self.spec(activation)
+        kernel = _kernel(spec, plan.config, self.device.index)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        partial: Tensor | None = None
+        counters: Tensor | None = None
+        if plan.splits > 1:
+            if plan.counters(m, weights.row_tiles, self._multiprocessors) > workspace.COUNTERS_PER_LAUNCH:
+                raise BackendError(
+                    f"{plan} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1."
+                )
+            floats = plan.partial_floats(m, weights.row_tiles)
+            partial, counters = workspace.split_k_buffers(self.device, floats, stream)
+        bias = None if bias is None else bias.contiguous()
+        params = GemmParams(
+            *(
+                None if t is None else t.data_ptr()
+                for t in (rows, weights.codes, weights.meta, weights.row_scale, weights.row_zero, bias, y)
+            ),
+            None if partial is None else partial.data_ptr(),
+            None if counters is None else counters.data_ptr(),
+            rows.stride(0) if m > 1 else -(-weights.in_features // 8) * 8,
+            *(m, weights.out_features, weights.in_features, weights.row_tiles, weights.chunks),
+            -(-weights.chunks // plan.splits),
+        )
+        ensure_context(self.device.index)
+        arguments: list[ctypes.Structure] = [params]
+        if plan.config.kernel == "wgmma":
+            shape = (m, weights.in_features, params.ldx, plan.config.tokens)
+            arguments.append(tensor_map(rows.data_ptr(), activation == "bf16", *shape))
+        grid = plan.grid(m, weights.row_tiles, self._multiprocessors)
+        shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, self._multiprocessors)
+        kernel.launch(grid, shared, arguments, stream, overlap=self._overlap and overlap is not False)
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """[m, k] with unit inner stride and 16-byte aligned rows: x itself if it is so, else a copy."""
+    m, k = x.shape
+    inner = x.stride(1) == 1 or k == 1
+    row = x.stride(0) if m > 1 else 8
+    if inner and row % 8 == 0 and row >= 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = torch.empty(m, -(-k // 8) * 8, dtype=x.dtype, device=x.device)
+    return padded[:, :k].copy_(x)

@@ -1,0 +1,61 @@
+"""KernelSpec + GemmConfig -> CUDA source. Pure: the template only instantiates the headers of cuda_templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import jinja2
+
+from tsld_fx.codegen.config import GemmConfig
+from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.cuda_templates import TEMPLATE_DIR
+from tsld_fx.errors import BackendError
+
+_TYPES = {"fp16": "Fp16", "bf16": "Bf16"}
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+
+
+def kernel_name(spec: KernelSpec, config: GemmConfig) -> str:
+    """Name of the kernel's entry function, unique per specification and configuration."""
+    return f"tsld_{spec.name}_{config.name}"
+
+
+def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
+    """What the template writes for one kernel."""
+    if config.kernel == "mma":
+        entry = "Mma"
+        shape = [config.tokens, config.warps_n, config.warps_m, config.warps_k, config.row_tiles]
+    elif config.kernel == "stream":
+        entry, shape = "Stream", [config.tokens, config.warps_k, config.row_tiles]
+    elif spec.hopper:
+        entry, shape = "Wgmma", [config.tokens, config.warps_n // 4, config.row_tiles]
+    else:
+        raise BackendError(f"{config.name} uses Hopper's instructions, which {spec.target} lacks. Build for sm_90a.")
+    arguments = [f"tsld::{_TYPES[spec.activation]}", spec.bits, spec.group, *shape, config.stages]
+    return {
+        "name": kernel_name(spec, config),
+        "comment": f"{config.block_rows} rows x {config.block_tokens} tokens per block",
+        "config": f"{entry}Config<{', '.join(map(str, arguments))}>",
+        "entry": f"{entry}Gemm",
+        "tensor_map": config.kernel == "wgmma",
+        "threads": config.threads,
+        "bounds": f"{config.threads}, {config.least_blocks(spec)}",
+        "shared_bytes": config.shared_bytes(spec),
+    }
+
+
+def render(spec: KernelSpec, configs: Sequence[GemmConfig]) -> str:
+    """Source of one translation unit with a kernel for each configuration."""
+    kernels = [_kernel(spec, config) for config in configs]
+    headers = sorted({f"gemm_{config.kernel}.cuh" for config in configs})
+    title = f"Low-bit GEMM: {spec.bits}-bit weights, {spec.activation} activations, group {spec.group}"
+    return _environment().get_template("gemm.cu.j2").render(title=title, headers=headers, kernels=kernels)

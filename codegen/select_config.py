@@ -1,0 +1,159 @@
+"""Shape and architecture -> `Plan` (configuration, split-K, blocks): a tuned table first, else heuristics."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tsld_fx.codegen.config import GemmConfig, shared_limit
+from tsld_fx.codegen.spec import CHUNK, TILE_ROWS, KernelSpec
+from tsld_fx.codegen.workspace import COUNTERS_PER_LAUNCH
+
+_TUNED = Path(__file__).resolve().parent / "tuned"
+_NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
+_MAX_SPLITS = 16
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration, the number of blocks that share the inputs of one output tile, and, for kernels whose blocks
+    walk over the output (stream, wgmma), the number of blocks per multiprocessor."""
+
+    config: GemmConfig
+    splits: int = 1
+    per_sm: int = 1
+
+    def tiles(self, m: int, row_tiles: int) -> tuple[int, int]:
+        """Output tiles (stream: row groups) along the rows and along the tokens."""
+        return _ceil_div(row_tiles * TILE_ROWS, self.config.block_rows), _ceil_div(m, self.config.block_tokens)
+
+    def grid(self, m: int, row_tiles: int, multiprocessors: int) -> tuple[int, int, int]:
+        rows, tokens = self.tiles(m, row_tiles)
+        if self.config.kernel == "wgmma":
+            return min(rows * tokens * self.splits, multiprocessors * self.per_sm), 1, 1
+        if self.config.kernel == "stream":
+            rows = max(1, min(rows, multiprocessors * self.per_sm // (tokens * self.splits)))
+        return rows, tokens, self.splits
+
+    def shared_bytes(self, spec: KernelSpec, m: int, row_tiles: int, chunks: int, multiprocessors: int) -> int:
+        """Dynamic shared memory of a block, bytes."""
+        groups = _ceil_div(self.tiles(m, row_tiles)[0], self.grid(m, row_tiles, multiprocessors)[0])
+        return self.config.shared_bytes(spec) + self.config.shape_bytes(spec, groups, _ceil_div(chunks, self.splits))
+
+    def counters(self, m: int, row_tiles: int, multiprocessors: int) -> int:
+        """Arrival counters that a split launch uses."""
+        if self.config.kernel == "stream":
+            return math.prod(self.grid(m, row_tiles, multiprocessors)[:2])
+        return math.prod(self.tiles(m, row_tiles))
+
+    def partial_floats(self, m: int, row_tiles: int) -> int:
+        """float32 values of the partial sums of a split launch."""
+        if self.config.kernel == "wgmma":
+            return self.splits * math.prod(self.tiles(m, row_tiles)) * self.config.block_rows * self.config.tokens
+        return self.splits * m * row_tiles * TILE_ROWS
+
+
+# tokens -> tiles, for what the tuned table does not cover; found on an H200, see docs/cuda.md
+_STREAM = {t: GemmConfig(t, 1, 1, 16, 1, 4, "stream") for t in (1, 2, 4, 8)}
+_MANY_ROW_GROUPS = 4 * 132  # from here on a stream kernel has work enough to take four row tiles at once
+_MMA = {
+    1: GemmConfig(tokens=1, warps_n=1, warps_m=1, warps_k=16, row_tiles=2, stages=3),
+    8: GemmConfig(tokens=8, warps_n=1, warps_m=1, warps_k=8, row_tiles=2, stages=3),
+    16: GemmConfig(tokens=16, warps_n=4, warps_m=1, warps_k=4, row_tiles=2, stages=2),
+    32: GemmConfig(tokens=32, warps_n=4, warps_m=1, warps_k=2, row_tiles=2, stages=3),
+    64: GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=2, row_tiles=2, stages=3),
+    128: GemmConfig(tokens=128, warps_n=4, warps_m=2, warps_k=1, row_tiles=2, stages=4),
+}
+_WGMMA = {
+    64: GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
+    256: GemmConfig(tokens=128, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
+    1 << 31: GemmConfig(tokens=128, warps_n=8, warps_m=1, warps_k=1, row_tiles=2, stages=4, kernel="wgmma"),
+}
+
+
+@lru_cache(maxsize=8)
+def tuned_table(capability: int) -> tuple[dict[str, Any], ...]:
+    """Entries of `tuned/sm_XX.json`; empty where there is no file. Written by benchmarks/gemm_tune.py:
+
+    {bits, group, n, k, m_min, m_max, config: {fields of GemmConfig}, splits, per_sm, us}
+    """
+    path = _TUNED / f"sm_{capability}.json"
+    if not path.exists():
+        return ()
+    return tuple(json.loads(path.read_text())["entries"])
+
+
+def _kind(entry: dict[str, Any]) -> tuple[int, bool]:
+    return int(entry["bits"]), bool(entry["group"])
+
+
+def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
+    """The entry nearest in N and K among those that serve this M, kind of weights and kind of scale."""
+
+    def distance(entry: dict[str, Any]) -> float:
+        return max(abs(math.log(entry["n"] / n)), abs(math.log(entry["k"] / k)))
+
+    serving = [
+        e
+        for e in tuned_table(spec.capability)
+        if e["m_min"] <= m <= e["m_max"] and (spec.hopper or e["config"]["kernel"] != "wgmma")
+    ]
+    kinds = ((spec.bits, bool(spec.group)), (2, False))  # where a kind was not tuned, ternary rows are the best guess
+    entries = next((found for kind in kinds if (found := [e for e in serving if _kind(e) == kind])), [])
+    best = min(entries, key=distance, default=None)
+    if best is None or distance(best) > _NEAR:
+        return None
+    config = GemmConfig(**best["config"])
+    if spec.group and not best["group"] and config.kernel == "mma":  # scales take registers: smaller tiles per warp
+        config = replace(config, row_tiles=max(1, min(config.row_tiles, 16 // config.token_tiles)))
+    return Plan(config, int(best["splits"]), int(best["per_sm"]))
+
+
+def _splits(plan: Plan, m: int, row_tiles: int, chunks: int, multiprocessors: int, per_sm: int) -> int:
+    """Enough blocks to fill the machine once, with at least two iterations each."""
+    iterations = max(1, chunks // plan.config.stage_chunks)
+    wanted = multiprocessors * per_sm // math.prod(plan.tiles(m, row_tiles))
+    return max(1, min(wanted, iterations // 2, _MAX_SPLITS))
+
+
+def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
+    row_tiles, chunks, limit = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK), shared_limit(spec.capability)
+    if m <= max(_STREAM):
+        config = _STREAM[min(t for t in _STREAM if t >= m)]
+        if row_tiles >= _MANY_ROW_GROUPS and spec.bits == 2:
+            config = replace(config, row_tiles=4, stages=3)
+        plan = Plan(config)  # a block keeps all of x in shared memory: too much for large K
+        if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
+            return plan
+    table = _WGMMA if spec.hopper and m > 32 else _MMA
+    config = table[min((t for t in table if t >= m), default=max(table))]
+    config = config.fitted(spec, limit)
+    per_sm = max(1, min(limit // config.shared_bytes(spec), 1024 // config.threads, config.least_blocks(spec)))
+    plan = Plan(config, 1, per_sm)
+    return replace(plan, splits=_splits(plan, m, row_tiles, chunks, multiprocessors, per_sm))
+
+
+def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
+    """The plan for y[m, n] = x[m, k] @ weights[n, k].T on a machine with so many multiprocessors."""
+    row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
+    plan = _tuned(spec, n, k, m)
+    if plan is not None:
+        splits = _ceil_div(chunks, _ceil_div(chunks, plan.splits))
+        config = plan.config
+        if config.kernel != "stream":
+            config = config.fitted(spec, shared_limit(spec.capability))
+        plan = replace(plan, config=config, splits=splits)
+        fits = plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
+    if plan is None or not fits:
+        plan = _heuristic(spec, n, k, m, multiprocessors)
+    if plan.counters(m, row_tiles, multiprocessors) > COUNTERS_PER_LAUNCH and plan.config.kernel != "stream":
+        plan = replace(plan, splits=1)
+    return replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))  # no empty split

@@ -1,0 +1,341 @@
+// y[m, n] = x[m, k] * dequantised(weights)[n, k]^T with Hopper's wgmma (sm_90a), for many tokens.
+//
+// The weights are the register operand: a warp of a warp group holds 16 of its 64 rows, which is the fragment layout
+// of mma.m16n8k16, so the same packed weights serve both kernels. x is the shared-memory operand, brought by the
+// tensor copy engine in panels of 64 inputs (128-byte rows, 128-byte swizzle).
+//
+// A block: kGroups consumer warp groups, each with kRowTiles tiles of 64 rows x kTokens tokens, and one producer warp
+// that keeps a ring of kStages buffers of 128 inputs filled. While the tensor cores multiply one batch (64 inputs of
+// one row tile), the same warps dequantise the next into the other register buffer. Blocks are persistent: they walk
+// over the output tiles (and their splits of K), and the producer runs ahead while the consumers store.
+#pragma once
+
+#include "tsld/multiply.cuh"
+#include "tsld/params.cuh"
+#include "tsld/wgmma.cuh"
+
+namespace tsld {
+
+template <class Type_, int kBits_, int kGroup_, int kTokens_, int kGroups_, int kRowTiles_, int kStages_>
+struct WgmmaConfig {
+  using Type = Type_;
+  static constexpr int kBits = kBits_, kGroup = kGroup_, kStages = kStages_, kTokens = kTokens_;
+  static constexpr int kGroups = kGroups_;                    // consumer warp groups
+  static constexpr int kRowTiles = kRowTiles_;                // 64-row tiles per warp group, a 16-row tile per warp
+  static constexpr int kWarps = 4 * kGroups;
+  static constexpr int kTokenTiles = kTokens / 8;
+  // Many accumulators: the producer becomes a whole warp group that gives its registers to the consumers.
+  static constexpr bool kMoveRegisters = kRowTiles * kTokenTiles * 4 > 96;
+  static constexpr int kThreads = 128 * kGroups + (kMoveRegisters ? 128 : 32);
+  static constexpr int kEpilogueThreads = 128 * kGroups;
+  static __device__ __forceinline__ void sync() {  // of the consumers
+    asm volatile("bar.sync 1, %0;" ::"n"(kEpilogueThreads) : "memory");
+  }
+  static constexpr int kBlockRows = kGroups * kRowTiles * 64;
+  static constexpr int kBlockTokens = kTokens;
+  static constexpr int kBlockTiles = kBlockRows / kTileRows;  // 16-row tiles of the packed weights
+  static __device__ __forceinline__ constexpr int row_tile(int warp, int rt) {
+    return (warp / 4 * kRowTiles + rt) * 4 + warp % 4;
+  }
+
+  using Weights = WeightLayout<kBits>;
+  using Meta = MetaLayout<kBits, kGroup>;
+  static constexpr int kPanelBytes = kTokens * 128;           // 64 inputs of every token
+  static constexpr int kXBytes = 2 * kPanelBytes;
+  static constexpr int kWeightBytes = kBlockTiles * Weights::kBytes;
+  static constexpr int kMetaBytes = kBlockTiles * Meta::kBytes;
+  static constexpr int kStageBytes = kXBytes + kWeightBytes + ceil_div(kMetaBytes, 1024) * 1024;
+  static constexpr int kBarrierBytes = 1024;                  // at the start, so that panels stay aligned
+  static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes;
+};
+
+template <class C>
+class WgmmaGemm {
+  using T = typename C::Type;
+  using Weights = typename C::Weights;
+  using Meta = typename C::Meta;
+
+  const GemmParams& p_;
+  const TensorMap* x_map_;
+  char* const memory_;
+  const int warp_, lane_;
+  const int row_blocks_, token_blocks_, splits_;
+
+ public:
+  __device__ __forceinline__ WgmmaGemm(const GemmParams& p, const TensorMap& x_map, void* shared)
+      : p_(p),
+        x_map_(&x_map),
+        memory_(static_cast<char*>(shared)),
+        warp_(__shfl_sync(~0u, threadIdx.x / 32, 0)),
+        lane_(threadIdx.x % 32),
+        row_blocks_(ceil_div(p.row_tiles, C::kBlockTiles)),
+        token_blocks_(ceil_div(p.m, C::kTokens)),
+        splits_(ceil_div(p.chunks, p.chunks_per_split)) {}
+
+  __device__ __forceinline__ void run(void*) {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < C::kStages; ++s) {
+        barrier_init(full(s), 1);
+        barrier_init(empty(s), C::kWarps);
+      }
+      barrier_init_done();
+    }
+    allow_next_kernel();
+    __syncthreads();
+    if (warp_ >= C::kWarps) {
+      if constexpr (C::kMoveRegisters) registers_decrease<24>();
+      if (warp_ == C::kWarps) produce();
+    } else {
+      if constexpr (C::kMoveRegisters) registers_increase<240>();
+      consume();
+    }
+  }
+
+
+ private:
+  // One output tile and one split of its inputs. Neighbours in time share tokens, so that x stays in L2.
+  struct Work {
+    int row_block, token_block, split, first_chunk, chunks;
+  };
+  __device__ __forceinline__ int work_count() const { return row_blocks_ * token_blocks_ * splits_; }
+  __device__ __forceinline__ Work work(int index) const {
+    const int split = index / (row_blocks_ * token_blocks_), first = split * p_.chunks_per_split;
+    return {index % row_blocks_, index / row_blocks_ % token_blocks_, split, first,
+            min(p_.chunks_per_split, p_.chunks - first)};
+  }
+
+  __device__ __forceinline__ u32 full(int stage) const { return shared_address(memory_) + stage * 16; }
+  __device__ __forceinline__ u32 empty(int stage) const { return full(stage) + 8; }
+  __device__ __forceinline__ int& arrival_flag() const { return *reinterpret_cast<int*>(memory_ + 512); }
+  __device__ __forceinline__ u32 x_stage(int stage) const {
+    return shared_address(memory_) + C::kBarrierBytes + stage * C::kStageBytes;
+  }
+  __device__ __forceinline__ u32 weight_stage(int stage) const { return x_stage(stage) + C::kXBytes; }
+  __device__ __forceinline__ u32 meta_stage(int stage) const { return weight_stage(stage) + C::kWeightBytes; }
+
+  // A position in the ring; it goes on from one work item to the next.
+  struct Ring {
+    int stage = 0, phase = 0;
+    __device__ __forceinline__ void advance() {
+      if (++stage == C::kStages) stage = 0, phase ^= 1;
+    }
+  };
+
+  // ---- producer warp ----
+
+  __device__ __forceinline__ void copy_weights(int stage, const Work& w, int chunk) const {
+    if (lane_ == 0) barrier_expect(full(stage), C::kXBytes + C::kWeightBytes + C::kMetaBytes);
+    __syncwarp();
+    static_assert(C::kBlockTiles <= 32, "one lane copies one row tile");
+    if (lane_ < C::kBlockTiles) {  // tiles past the last are computed like the last and never stored
+      const int tile = min(w.row_block * C::kBlockTiles + lane_, p_.row_tiles - 1);
+      const i64 block = static_cast<i64>(tile) * p_.chunks + w.first_chunk + chunk;
+      copy_bytes(weight_stage(stage) + lane_ * Weights::kBytes,
+                 static_cast<const char*>(p_.weights) + block * Weights::kBytes, Weights::kBytes, full(stage));
+      if constexpr (C::kGroup != 0)
+        copy_bytes(meta_stage(stage) + lane_ * Meta::kBytes, static_cast<const char*>(p_.meta) + block * Meta::kBytes,
+                   Meta::kBytes, full(stage));
+    }
+  }
+
+  __device__ __forceinline__ void copy_x(int stage, const Work& w, int chunk) const {
+    if (lane_ < 2)  // inputs and tokens past the last arrive as zeros
+      copy_tensor(x_stage(stage) + lane_ * C::kPanelBytes, x_map_, (w.first_chunk + chunk) * kChunk + lane_ * 64,
+                  w.token_block * C::kTokens, full(stage));
+  }
+
+  __device__ __forceinline__ void produce() const {
+    Ring ring;
+    const Work first = work(blockIdx.x);
+    const int ahead = min(C::kStages, first.chunks);
+    for (int i = 0; i < ahead; ++i) copy_weights(i, first, i);  // does not depend on earlier kernels
+    wait_for_previous_kernel();
+    for (int i = 0; i < ahead; ++i) {
+      copy_x(i, first, i);
+      ring.advance();
+    }
+    int filled = ahead;
+    for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
+      const Work w = work(index);
+      for (int i = index == static_cast<int>(blockIdx.x) ? ahead : 0; i < w.chunks; ++i, ++filled) {
+        if (filled >= C::kStages) barrier_wait(empty(ring.stage), ring.phase ^ 1);
+        copy_weights(ring.stage, w, i);
+        copy_x(ring.stage, w, i);
+        ring.advance();
+      }
+    }
+  }
+
+  // ---- consumer warp groups ----
+
+  __device__ __forceinline__ void consume() const {
+    Ring ring;
+    bool waited = false;
+    for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
+      const Work w = work(index);
+      float acc[C::kRowTiles][C::kTokenTiles][4] = {};
+      multiply(acc, w, ring);
+      if (!waited) wait_for_previous_kernel();  // before anything is written
+      waited = true;
+      if (splits_ == 1 || add_splits(acc, w)) store(acc, w);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w,
+                                           Ring& ring) const {
+    ZeroPoint<T, C::kBits> zero[C::kRowTiles];
+    if constexpr (C::kGroup == 0 && C::kBits > 2) {
+#pragma unroll
+      for (int rt = 0; rt < C::kRowTiles; ++rt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int tile = w.row_block * C::kBlockTiles + C::row_tile(warp_, rt);
+          zero[rt].set(half, p_.row_zero[min(tile, p_.row_tiles - 1) * 16 + lane_ / 4 + 8 * half]);
+        }
+    }
+    u32 a[2][4][4];  // two batches of four steps of 16 inputs
+    int previous = -1;
+    for (int i = 0; i < w.chunks; ++i) {
+      barrier_wait(full(ring.stage), ring.phase);
+#pragma unroll
+      for (int rt = 0; rt < C::kRowTiles; ++rt)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          dequant_batch(a[half], zero[rt], ring.stage, rt, half);
+          wgmma_fence();
+          pin(acc[rt]);
+          const u64 panel = panel_descriptor(x_stage(ring.stage) + half * C::kPanelBytes);
+#pragma unroll
+          for (int step = 0; step < 4; ++step) Wgmma<T, C::kTokenTiles>::run(acc[rt], a[half][step], panel + 2 * step);
+          wgmma_commit();
+          pin(acc[rt]);
+          wgmma_wait<1>();  // the other register buffer is free; so is, at the start of a stage, the stage before
+          if (rt == 0 && half == 0 && previous >= 0 && lane_ == 0) barrier_arrive(empty(previous));
+        }
+      previous = ring.stage;
+      ring.advance();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt) pin(acc[rt]);
+    if (lane_ == 0) barrier_arrive(empty(previous));
+  }
+
+  // Split K: every block leaves its sums in the order of its registers; the last to arrive adds them up in the order
+  // of the splits and returns true. The counter is left at zero for the next launch.
+  __device__ __forceinline__ bool add_splits(float (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
+    constexpr int kFloats = C::kBlockRows * C::kTokens;  // of a tile
+    const int tile = w.token_block * row_blocks_ + w.row_block;
+    float* mine = p_.partial + static_cast<i64>(tile) * splits_ * kFloats + threadIdx.x * 4;
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt)
+#pragma unroll
+      for (int nt = 0; nt < C::kTokenTiles; ++nt)
+        store_float4_l2(mine + static_cast<i64>(w.split) * kFloats + (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4,
+                        acc[rt][nt]);
+    __threadfence();
+    C::sync();
+    if (threadIdx.x == 0) {
+      arrival_flag() = atomicAdd(p_.counters + tile, 1);
+      if (arrival_flag() == splits_ - 1) p_.counters[tile] = 0;
+      __threadfence();
+    }
+    C::sync();
+    const bool last = arrival_flag() == splits_ - 1;
+    C::sync();  // the flag may be written again
+    if (!last) return false;
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt)
+#pragma unroll
+      for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0.f;
+        for (int split = 0; split < splits_; ++split) {
+          float part[4];
+          load_float4_l2(part, mine + static_cast<i64>(split) * kFloats +
+                                   (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[rt][nt][i] += part[i];
+        }
+      }
+    return true;
+  }
+
+  // Scale, bias, round, and turn 8x8 blocks around in registers: a lane then holds two neighbouring rows of a token.
+  __device__ __forceinline__ void store(const float (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
+    const u16* bias = static_cast<const u16*>(p_.bias);
+    u16* y = static_cast<u16*>(p_.y);
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt) {
+      const int tile = w.row_block * C::kBlockTiles + C::row_tile(warp_, rt);
+      if (tile >= p_.row_tiles) continue;
+      float scale[2], shift[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile * kTileRows + lane_ / 4 + 8 * half;
+        scale[half] = p_.row_scale[row];
+        shift[half] = bias != nullptr && row < p_.n ? T::to_float(bias[row]) : 0.f;
+      }
+      const int row = tile * kTileRows + lane_ % 4 * 2;
+#pragma unroll
+      for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+        const int token = w.token_block * C::kTokens + nt * 8 + lane_ / 4;
+        const float(&v)[4] = acc[rt][nt];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const u32 two = transpose8x8(T::pack2(v[2 * half] * scale[half] + shift[half],
+                                                v[2 * half + 1] * scale[half] + shift[half]));
+          const int r = row + 8 * half;
+          if (token >= p_.m || r >= p_.n) continue;
+          u16* to = y + static_cast<i64>(token) * p_.n + r;
+          if (p_.n % 2 == 0) {
+            *reinterpret_cast<u32*>(to) = two;
+          } else {
+            to[0] = static_cast<u16>(two);
+            if (r + 1 < p_.n) to[1] = static_cast<u16>(two >> 16);
+          }
+        }
+      }
+    }
+  }
+
+  // Codes of 64 inputs of one row tile -> the A operands of four steps; group scales are multiplied in here.
+  __device__ __forceinline__ void dequant_batch(u32 (&a)[4][4], ZeroPoint<T, C::kBits>& zero, int stage, int rt,
+                                                int half) const {
+    constexpr int kWords = Weights::kWordsPerPair;
+    const int tile = C::row_tile(warp_, rt);
+    const u32 from = weight_stage(stage) + tile * Weights::kBytes;
+    u32 words[2 * kWords];
+    if constexpr (C::kBits == 2) {  // 8 bytes of the lane's 16
+      asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
+                   : "=r"(words[0]), "=r"(words[1])
+                   : "r"(from + lane_ * 16 + half * 8)
+                   : "memory");
+    } else {
+#pragma unroll
+      for (int v = 0; v < kWords / 2; ++v) {
+        const Vec16 codes = load_shared16(from + (half * (kWords / 2) + v) * 512 + lane_ * 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[4 * v + i] = codes.w[i];
+      }
+    }
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const int group = C::kGroup ? (half * 64 + pair * 32) / (C::kGroup ? C::kGroup : 1) : 0;
+      const u32 meta = meta_stage(stage) + tile * Meta::kBytes;
+      if constexpr (C::kGroup != 0 && C::kBits > 2) load_group_zeros<C>(zero, meta, group);
+      u32 pair_words[kWords];
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) pair_words[i] = words[pair * kWords + i];
+      u32 pair_a[2][4];
+      dequant_pair(pair_a, pair_words, zero);
+      if constexpr (C::kGroup != 0) scale_weights<C>(pair_a, meta, group);
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) a[2 * pair + step][j] = pair_a[step][j];
+    }
+  }
+};
+
+}  // namespace tsld

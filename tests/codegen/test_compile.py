@@ -1,0 +1,92 @@
+"""Every representative kernel compiles for both architectures without spills or local memory. Needs nvcc, no GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from tsld_fx.codegen.compiler import KernelBuildError, Nvrtc, find_compiler, parse_resources
+from tsld_fx.codegen.config import GemmConfig
+from tsld_fx.codegen.cuda_gemm import build_kernel
+from tsld_fx.codegen.render import kernel_name, render
+from tsld_fx.codegen.select_config import choose
+from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.errors import BackendError
+
+TOKENS = (1, 8, 16, 64, 256, 2048)
+SHAPES = ((4096, 4096), (22016, 4096))
+KINDS = [("fp16", 2, 0), ("fp16", 2, 32), ("fp16", 2, 128), ("fp16", 4, 0), ("fp16", 8, 0), ("fp16", 8, 32)]
+KINDS += [("bf16", 2, 0), ("bf16", 4, 128), ("bf16", 8, 0)]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("activation", "bits", "group"), KINDS)
+def test_no_spills(activation: str, bits: int, group: int, target: str) -> None:
+    """One translation unit with the kernels that are chosen for few, some and many tokens."""
+    spec = KernelSpec(activation, bits, group, target)  # type: ignore[arg-type]
+    configs = list(dict.fromkeys(choose(spec, n, k, m, 132).config for n, k in SHAPES for m in TOKENS))
+    compiler = find_compiler("nvcc")  # fails, and says why, on a machine without nvcc
+    binary, log = compiler.compile(render(spec, configs), target)
+    resources = parse_resources(log)
+    assert {r.kernel for r in resources} == {kernel_name(spec, c) for c in configs}
+    spilled = [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
+    assert not spilled
+    assert "C7510" not in log, "wgmma instructions were serialised:\n" + log
+    assert len(binary) > 1000
+
+
+def test_ptx_for_the_driver() -> None:
+    spec = KernelSpec("fp16", 2, 0, "compute_80")
+    binary, _ = find_compiler("nvcc").compile(render(spec, [choose(spec, 64, 64, 1, 108).config]), spec.target)
+    assert b".target sm_80" in binary and b"mma.sync" in binary
+
+
+def test_nvrtc_compiles_the_same_source() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
+    compiler = find_compiler("nvrtc")
+    assert isinstance(compiler, Nvrtc)
+    spec = KernelSpec("bf16", 4, 128, "sm_90a")
+    binary, _ = compiler.compile(render(spec, [choose(spec, 64, 64, m, 132).config for m in (1, 128)]), spec.target)
+    assert binary.startswith(b"\x7fELF")
+
+
+def test_build_is_cached(cache_folder) -> None:
+    spec = KernelSpec("fp16", 2)
+    config = choose(spec, 64, 64, 1, 108).config
+    first = build_kernel(spec, config)
+    (entry,) = cache_folder.iterdir()
+    assert {f.name for f in entry.iterdir()} == {"kernel.cu", "kernel.bin", "info.json"}
+    assert build_kernel(spec, config) == first
+
+
+def test_build_failure_says_what_where_and_how_to_mend(cache_folder, monkeypatch) -> None:
+    monkeypatch.setattr("tsld_fx.codegen.cuda_gemm.render", lambda spec, configs: "#error broken on purpose\n")
+    config = GemmConfig(1, 1, 1, 8, 1, 4)
+    with pytest.raises(BackendError) as failure:
+        build_kernel(KernelSpec("fp16", 2), config)
+    text = str(failure.value)
+    assert isinstance(failure.value, KernelBuildError)
+    for part in (
+        "broken on purpose",
+        "KernelSpec(activation='fp16', bits=2",
+        "backend='reference'",
+        "CUDA_HOME",
+    ):
+        assert part in text
+
+
+def test_a_disagreement_about_sizes_is_a_compile_error(monkeypatch) -> None:
+    monkeypatch.setattr(GemmConfig, "shared_bytes", lambda self, spec: 4242)
+    with pytest.raises(KernelBuildError, match=r"codegen/config\.py disagrees"):
+        find_compiler("nvcc").compile(render(KernelSpec("fp16", 2), [GemmConfig(1, 1, 1, 8, 1, 4)]), "sm_80")
+
+
+def test_no_compiler_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("tsld_fx.codegen.compiler._nvcc_candidates", list)
+    with pytest.raises(KernelBuildError, match="TSLD_NVCC"):
+        find_compiler("nvcc")
+
+
+def test_an_nvcc_that_does_not_run(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TSLD_NVCC", str(tmp_path / "missing"))
+    with pytest.raises(KernelBuildError, match="does not run"):
+        find_compiler()

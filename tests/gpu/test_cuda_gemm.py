@@ -1,0 +1,214 @@
+"""Numerics of the CUDA kernels against a float64 oracle, on fresh random inputs; outputs are poisoned first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsld_fx.codegen import LowBitGemm
+from tsld_fx.codegen.config import GemmConfig
+from tsld_fx.codegen.select_config import Plan
+from tsld_fx.errors import BackendError
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+TOKENS = (1, 2, 7, 16, 17, 64, 127, 2048)
+
+
+def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Leave NaN in the block that the allocator hands out next for an output of this size."""
+    torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    scale = expected.norm()
+    return float((y.double() - expected).norm() / torch.where(scale > 0, scale, 1.0))
+
+
+def check(gemm: LowBitGemm, weight: Tensor, m: int, dtype: torch.dtype, plan: Plan | None = None) -> None:
+    x = torch.randn(m, weight.shape[1], dtype=dtype, device="cuda")
+    bias = torch.randn(weight.shape[0], dtype=dtype, device="cuda") if m % 2 else None
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    poison((m, weight.shape[0]), dtype)
+    y = gemm(x, bias, plan=plan)
+    assert y.dtype == dtype and y.shape == expected.shape
+    error = relative_error(y, expected)
+    assert error <= TOLERANCE[dtype], f"m={m}: relative error {error:.2e}"  # NaN fails too
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [-1, 0, 32, 64, 128, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("target", [None, "compute_80"])
+def test_every_kind_of_weight(make_layer, bits, group_size, dtype, target) -> None:
+    layer = make_layer(264, 1056, bits, group_size)
+    gemm = LowBitGemm.pack(*layer.arguments(), target=target)
+    for m in TOKENS:
+        check(gemm, layer.weight, m, dtype)
+
+
+SHAPES = [
+    (1, 1),
+    (7, 13),
+    (16, 128),
+    (17, 129),
+    (37, 4099),
+    (1021, 523),
+    (130, 11008),
+    (4096, 4096),
+    (32003, 515),
+]
+
+
+@pytest.mark.parametrize("target", [None, "compute_80"])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 0), (2, 128), (4, 32), (8, 0)])
+def test_ragged_shapes(make_layer, bits, group_size, n, k, target) -> None:
+    layer = make_layer(n, k, bits, group_size)
+    gemm = LowBitGemm.pack(*layer.arguments(), target=target)
+    for m in (1, 3, 16, 33, 64, 100, 300):
+        check(gemm, layer.weight, m, torch.float16)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 5])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+def test_split_k(make_layer, tokens, splits) -> None:
+    layer = make_layer(200, 2100, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    plan = Plan(gemm.plan(tokens).config, splits)
+    for _ in range(3):  # the counters must be back at zero
+        check(gemm, layer.weight, tokens, torch.float16, plan)
+
+
+def test_split_k_of_the_mma_kernel_with_many_tokens(make_layer) -> None:
+    layer = make_layer(200, 2100, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    config = GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=2, row_tiles=1, stages=3)
+    check(gemm, layer.weight, 100, torch.float16, Plan(config, 4))
+
+
+@pytest.mark.parametrize("kernel", ["stream", "mma"])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 0), (2, 64), (4, 128), (4, 0), (8, 32)])
+@pytest.mark.parametrize("m", [1, 3, 16, 40])
+def test_both_kernels_for_few_tokens(make_layer, m, bits, group_size, kernel) -> None:
+    """Fewer units of work than warps, shares that end within a row, several blocks per multiprocessor."""
+    for n, k in ((40, 200), (3000, 1100)):
+        layer = make_layer(n, k, bits, group_size)
+        gemm = LowBitGemm.pack(*layer.arguments())
+        tokens = 1 if m == 1 else 16
+        shape = (tokens, 1, 1, 16, 1) if kernel == "stream" else (tokens, 2, 1, 4, 1)
+        for splits, per_sm in ((1, 1), (1, 2), (2, 1)):
+            check(gemm, layer.weight, m, torch.float16, Plan(GemmConfig(*shape, 4, kernel), splits, per_sm))
+
+
+def test_extreme_activations(make_layer) -> None:
+    layer = make_layer(64, 200, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    x = torch.randn(4, 200, dtype=torch.float16, device="cuda")
+    x[0, :50], x[1, :50], x[2, :50] = 65504.0, -0.0, 6e-8
+    exact = x.double() @ layer.weight.T
+    expected, y = exact.half(), gemm(x)
+    assert torch.equal(y.isinf(), expected.isinf()) and not y.isnan().any()
+    # float32 sums are as exact as their largest terms allow; one rounding to fp16 comes on top
+    allowed = 1e-6 * (x.double().abs() @ layer.weight.abs().T) + 1e-3 * exact.abs() + 6e-8
+    assert ((y.double() - exact).abs() <= allowed)[expected.isfinite()].all()
+
+
+@pytest.mark.parametrize("m", [1, 8, 64, 200])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_inf_and_nan_propagate_as_in_the_oracle(make_layer, m, value) -> None:
+    layer = make_layer(64, 200, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    x = torch.randn(m, 200, dtype=torch.float16, device="cuda")
+    x[m // 2, 7] = value
+    y, expected = gemm(x), (x.double() @ layer.weight.T).half()
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+    others = torch.arange(m, device="cuda") != m // 2
+    assert y[others].isfinite().all()
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_same_bits_every_time(make_layer, m) -> None:
+    layer = make_layer(1024, 4096, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    x = torch.randn(m, 4096, dtype=torch.float16, device="cuda")
+    first = gemm(x)
+    assert all(torch.equal(gemm(x), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
+def test_cuda_graph(make_layer, m) -> None:
+    """A chain of two layers, so that overlapping launches would show."""
+    a, b = make_layer(512, 1024, 2, 0), make_layer(1024, 512, 4, 128)
+    first, second = LowBitGemm.pack(*a.arguments()), LowBitGemm.pack(*b.arguments())
+    x = torch.randn(m, 1024, dtype=torch.float16, device="cuda")
+    second(first(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x
+        for _ in range(4):
+            y = second(first(y)) * 0.05
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected = x
+        for _ in range(4):
+            expected = second(first(expected)) * 0.05
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+
+
+def test_strides_and_leading_dimensions(make_layer) -> None:
+    layer = make_layer(96, 160, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    base = torch.randn(6, 5, 400, dtype=torch.float16, device="cuda")
+    views = [
+        base[:, :, :160],
+        base[:, :, 3:163],
+        base[:, :, ::2][:, :, :160],
+        base.transpose(0, 1)[:, :, :160],
+        base[:, :1, :160].expand(6, 5, 160),
+        base[0, 0, :160],
+        base[:0, :, :160],
+    ]
+    for x in views:
+        y = gemm(x)
+        assert y.shape == (*x.shape[:-1], 96)
+        if x.numel():
+            assert relative_error(y, x.double() @ layer.weight.T) < 1e-3
+
+
+def test_two_streams_at_once(make_layer) -> None:
+    layer = make_layer(128, 8192, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    plan = Plan(gemm.plan(1).config, 4)
+    x = torch.randn(1, 8192, dtype=torch.float16, device="cuda")
+    expected = gemm(x, plan=plan)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    torch.cuda.synchronize()
+    for i in range(40):
+        with torch.cuda.stream(streams[i % 2]):
+            results.append(gemm(x, plan=plan))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in results)
+
+
+def test_bad_input_is_refused_before_any_launch(make_layer) -> None:
+    layer = make_layer(32, 64, 2, 0)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    x = torch.randn(2, 64, dtype=torch.float16, device="cuda")
+    for bad, said in (
+        (x.cpu(), "x is on cpu"),
+        (x.float(), "float32 activations"),
+        (x[:, :32], "in_features=64"),
+    ):
+        with pytest.raises(BackendError, match=said):
+            gemm(bad)
+    with pytest.raises(BackendError, match="bias must be"):
+        gemm(x, torch.zeros(31, dtype=torch.float16, device="cuda"))
+    with pytest.raises(BackendError, match="Pass device='cuda'"):
+        LowBitGemm.pack(*layer.arguments(), device="cpu")
