@@ -25,7 +25,9 @@ def main() -> None:
     report = run_demo(args.out or Path("runs") / f"benchmark-{name}", full=args.full)
     out = ROOT / "benchmarks" / "results" / f"{name}.json"
     out.write_text(json.dumps({"machine": describe(), **report}, indent=2) + "\n")
-    print(json.dumps({k: report[k] for k in ("perplexity", "gap_closed", "steps", "seconds", "train_seconds")}, indent=2))
+    print(
+        json.dumps({k: report[k] for k in ("perplexity", "gap_closed", "steps", "seconds", "train_seconds")}, indent=2)
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """From a float decoder to packed ternary weights, in Python: prepare, train with TSLD, convert, generate, save, load.
 
-    python examples/train_and_convert.py [--steps 10]
+    python examples/train_and_convert.py [--steps 6]
 
 It uses the small decoder and the text that come with tsld_fx, so nothing is downloaded. For your own model, load
 it with AutoModelForCausalLM.from_pretrained(..., dtype=torch.float32), and give a data set of your own.
@@ -21,13 +21,13 @@ from tsld_fx.perplexity import perplexity
 from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
 
 BLOCK = 128  # tokens per sample
-VALIDATION_TOKENS = 16 * BLOCK  # a small part of the validation text, to be quick
+VALIDATION_TOKENS = 8 * BLOCK  # a small part of the validation text, to be quick
 PROMPT = "Return a new list"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="training steps; a few hundred give a usable model")
+    parser.add_argument("--steps", type=int, default=6, help="training steps; a few hundred give a usable model")
     steps = parser.parse_args().steps
     tokenizer = load_tokenizer("demo")
     teacher = load_float("demo")
@@ -46,7 +46,7 @@ def main() -> None:
             args=TrainingArguments(
                 output_dir=f"{folder}/checkpoints",
                 max_steps=steps,
-                per_device_train_batch_size=4,
+                per_device_train_batch_size=2,
                 learning_rate=1e-3,
                 lr_scheduler_type="cosine",
                 save_strategy="no",

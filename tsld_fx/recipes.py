@@ -195,6 +195,8 @@ def _arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False)
         values.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
     else:
         values.update(save_strategy="steps", save_steps=settings.checkpoint_steps)
+    if by_epoch:  # a resumed run goes on counting the epochs without improvement
+        values["restore_callback_states_from_checkpoint"] = True
     values.setdefault("save_total_limit", 2)
     values.setdefault("disable_tqdm", True)  # RichProgress shows it
     values.setdefault("per_device_eval_batch_size", 8)

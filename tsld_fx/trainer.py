@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from tsld_fx import losses
 from tsld_fx.distill import DistillConfig, LossTerm
@@ -32,7 +34,26 @@ class WholeCheckpointTrainer(Trainer):
                     f"{self.args.output_dir}: no whole checkpoint to resume from. Start without resume_from_checkpoint."
                 )
             resume_from_checkpoint = str(found)
+        if resume_from_checkpoint and (state := self._finished_state(Path(resume_from_checkpoint))) is not None:
+            best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            self.state = state
+            self._load_from_checkpoint(best or str(resume_from_checkpoint))
+            return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _finished_state(self, checkpoint: Path) -> TrainerState | None:
+        """The state in a checkpoint that this training ended with, None if there are steps left.
+
+        Trainer itself would train one step more: it looks whether to stop after each step.
+        """
+        file = checkpoint / "trainer_state.json"
+        if not file.is_file():
+            return None
+        state = TrainerState.load_from_json(str(file))
+        control = state.stateful_callbacks.get("TrainerControl", {})
+        steps, epochs = self.args.max_steps, self.args.num_train_epochs
+        same = state.max_steps == steps if steps > 0 else state.num_train_epochs == math.ceil(epochs)
+        return state if same and control.get("args", {}).get("should_training_stop") else None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():

@@ -24,7 +24,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML with the
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default runs/demo or demo-full.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train to the end (2,000 steps, about ten minutes on two cores).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train 2,000 steps (ten minutes).")] = False,
     minutes: Annotated[float, typer.Option(help="Training time to aim at without --full.")] = 3.0,
 ) -> None:
     """Take the embedded decoder all the way: evaluate, ternary, TSLD training, convert, check, generate, report."""
@@ -273,7 +273,10 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
 def _show_layers(rows: list[Any], title: Path | None = None) -> None:
     from tsld_fx.inspection import float32_bytes, packed_bytes
 
-    table = Table("layer", "shape", "bits", "scale", "per", "zeros", "kB", title=None if title is None else str(title))
+    table = Table(title=None if title is None else str(title))
+    table.add_column("layer", overflow="fold", min_width=30)
+    for column in ("shape", "bits", "scale", "per", "zeros", "kB"):
+        table.add_column(column)
     for row in rows:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         cells = (str(row.bits), row.scale, row.granularity, f"{row.zeros:.0%}", f"{row.bytes / 1e3:.1f}")
