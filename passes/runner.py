@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -16,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from tsld_fx.errors import PassError, TsldError
 
 logger = logging.getLogger(__name__)
+_DUMPED = itertools.count()  # numbers the dumps of a process, over all of its pipelines
 Listener = Callable[["PassTrace"], None]
 
 
@@ -46,8 +48,8 @@ def run_passes(
 ) -> fx.GraphModule:
     """Apply the passes in order and return the transformed graph module.
 
-    With the environment variable TSLD_DUMP=<folder> the graph's code after each pass is written there, beside a
-    count of the operators that came and went.
+    With the environment variable TSLD_DUMP=<folder> the graph's code before and after each pass is written
+    there, with the count of the operators that came and went.
 
     Args:
         listener: called after each pass with what it did.
@@ -56,9 +58,10 @@ def run_passes(
         TsldError: what a pass refused, unchanged; any other failure becomes a PassError that names the pass.
     """
     dump = os.environ.get("TSLD_DUMP")
-    for index, one in enumerate(passes):
+    for one in passes:
         name = type(one).__name__
         start, before = time.perf_counter(), op_counts(graph_module.graph)
+        code = graph_module.code if dump else ""
         try:
             result = one(graph_module)
             if result is None:
@@ -83,13 +86,14 @@ def run_passes(
         if listener is not None:
             listener(trace)
         if dump:
-            _write_dump(Path(dump), index, trace)
+            _write_dump(Path(dump), trace, code)
     return graph_module
 
 
-def _write_dump(folder: Path, index: int, trace: PassTrace) -> None:
+def _write_dump(folder: Path, trace: PassTrace, before: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     header = [f"# {trace.name}: modified={trace.modified}, {trace.seconds:.3f} s"]
     header += [f"# {change:+d} {name}" for name, change in trace.changes().items()]
-    text = "\n".join(header) + "\n" + trace.graph_module.code
-    (folder / f"{index:02d}_{trace.name}.txt").write_text(text)
+    stem = f"{next(_DUMPED):03d}_{trace.name}"
+    (folder / f"{stem}.before.txt").write_text(before)
+    (folder / f"{stem}.after.txt").write_text("\n".join(header) + "\n" + trace.graph_module.code)

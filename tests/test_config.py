@@ -178,6 +178,13 @@ def test_contradictions_are_refused_by_name(make: Any, said: str) -> None:
     assert isinstance(caught.value, TsldError)
 
 
+def test_order_of_overrides_survives_a_writer_that_sorts_keys() -> None:
+    config = QuantConfig(overrides={"re:.*mlp.*": AffineWeight(bits=4), "model.layers.0.*": None})
+    again = QuantConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True)))
+    assert again == config
+    assert again.spec_for("model.layers.0.mlp.up_proj") is None
+
+
 def test_overrides_cannot_be_changed_behind_the_configuration() -> None:
     given_overrides = {"a": None}
     config = QuantConfig(overrides=given_overrides)

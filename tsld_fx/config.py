@@ -201,10 +201,13 @@ class QuantConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` turns back into an equal configuration."""
+        """Plain data that `from_dict` turns back into an equal configuration.
+
+        Overrides become a list of [pattern, specification]: their order counts, and JSON writers sort mappings.
+        """
         return {
             "weight": _spec_to_dict(self.weight),
-            "overrides": {pattern: _spec_to_dict(spec) for pattern, spec in self.overrides.items()},
+            "overrides": [[pattern, _spec_to_dict(spec)] for pattern, spec in self.overrides.items()],
             "skip": list(self.skip),
             "scale_lr_ratio": self.scale_lr_ratio,
         }
@@ -221,13 +224,20 @@ class QuantConfig:
         if "weight" in values:
             values["weight"] = _spec_from_dict("weight", values["weight"])
         if "overrides" in values:
-            overrides = values["overrides"] or {}
-            if not isinstance(overrides, Mapping):
-                raise ConfigError(f"quant.overrides: expected a mapping of patterns, got {overrides!r}.")
+            overrides = _pairs(values["overrides"] or {})
             values["overrides"] = {p: _spec_from_dict(f"overrides[{p!r}]", s) for p, s in overrides.items()}
         if "skip" in values and not isinstance(values["skip"], str):  # a string is refused by the constructor
             values["skip"] = tuple(values["skip"] or ())
         return cls(**values)
+
+
+def _pairs(overrides: Any) -> dict[Any, Any]:
+    """A mapping, or a list of [pattern, specification] pairs, as a mapping in the same order."""
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    if isinstance(overrides, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in overrides):
+        return {pattern: spec for pattern, spec in overrides}
+    raise ConfigError(f"quant.overrides: expected a mapping of patterns to specifications, got {overrides!r}.")
 
 
 def _check_pattern(pattern: str) -> None:

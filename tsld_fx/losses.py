@@ -216,8 +216,8 @@ def attention_distillation(
 def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
-    keep = mask.to(values.dtype)
-    return (values * keep).sum() / keep.sum().clamp_min(1)
+    keep = mask.bool()
+    return values.masked_fill(~keep, 0.0).sum() / keep.sum().clamp_min(1)
 
 
 def _check_layers(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:

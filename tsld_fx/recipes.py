@@ -154,6 +154,7 @@ def _run(
     finally:
         bar.stop()
     seconds = time.perf_counter() - start
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the result is measured without autocast
     with whole_folder(folder.path / "model") as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -198,6 +199,7 @@ def _arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False)
     if by_epoch:  # a resumed run goes on counting the epochs without improvement
         values["restore_callback_states_from_checkpoint"] = True
     values.setdefault("save_total_limit", 2)
+    values.setdefault("dataloader_pin_memory", _device(settings).type == "cuda")
     values.setdefault("disable_tqdm", True)  # RichProgress shows it
     values.setdefault("per_device_eval_batch_size", 8)
     try:

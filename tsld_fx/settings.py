@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,15 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Text to train and evaluate on; each entry is a file, a folder, `demo` or a `datasets` name[:configuration].
+    """Text to train and evaluate on; each entry is a text file, `demo` or what `datasets.load_dataset` takes.
 
     Attributes:
         train, validation, test: sources per split; validation and test may be empty.
         block_size: tokens per sample, and per window of the evaluation.
     """
 
-    train: tuple[str, ...] = (DEMO,)
-    validation: tuple[str, ...] = (DEMO,)
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     block_size: int = 512
 
@@ -54,8 +54,6 @@ class DataSettings:
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 raise ConfigError(f"data.{name} must be a name or a list of names, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
-        if not self.train:
-            raise ConfigError("data.train is empty. Give at least one file, a data set's name, or 'demo'.")
         if not isinstance(self.block_size, int) or self.block_size < 2:
             raise ConfigError(f"data.block_size must be a whole number of at least 2, got {self.block_size!r}.")
 
@@ -67,7 +65,7 @@ class RunSettings:
     Attributes:
         model: folder or hub name of the float model to start from.
         teacher: the full-precision teacher; None means `model` itself.
-        data: the text.
+        data: the text; the embedded model's own when it is the model and no text is given.
         quant, distill: as in Python.
         training: fields of transformers.TrainingArguments over `TRAINING_DEFAULTS`.
         checkpoint_steps: optimiser steps between checkpoints; a kill loses at most this many.
@@ -94,6 +92,13 @@ class RunSettings:
         if not isinstance(self.checkpoint_steps, int) or self.checkpoint_steps < 1:
             raise ConfigError(f"checkpoint_steps must be a whole number of at least 1, got {self.checkpoint_steps!r}.")
         _check_training(self.training)
+        if not self.data.train:
+            if self.model != DEMO:
+                raise ConfigError(
+                    "data.train is empty. Give text to train on: --train FILE, or data.train in YAML "
+                    "(a file, a data set's name, or 'demo')."
+                )
+            object.__setattr__(self, "data", replace(self.data, train=(DEMO,), validation=(DEMO,)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for run.yaml."""

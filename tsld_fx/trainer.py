@@ -157,6 +157,10 @@ class TSLDTrainer(WholeCheckpointTrainer):
                 "TSLDTrainer: the batch has no labels. Give labels = input_ids with -100 where nothing is to be learnt."
             )
         feed = {name: inputs[name] for name in _FEED if inputs.get(name) is not None}
+        if "attention_mask" in feed:  # nothing to learn of padding, nor from it
+            padding = feed["attention_mask"] == 0
+            after = torch.nn.functional.pad(padding[:, :-1], (1, 0))
+            labels = labels.masked_fill(padding | after, losses.IGNORE)
         outputs: PreparedOutput = model(**feed)
         loss = self._objective(outputs, feed, labels, inputs.get("segment_ids")) if model.training else None
         if loss is None:

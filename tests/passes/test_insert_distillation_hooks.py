@@ -125,6 +125,26 @@ def test_values_are_those_of_the_layers(eager: bool, masked: bool) -> None:
         torch.testing.assert_close(out[f"hidden_states.{index}"], x)
 
 
+def test_last_value_that_leaves_a_layer_is_its_hidden_state() -> None:
+    class Side(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            side = x.sin()
+            return side, x + side.cos()
+
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Side()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            side, y = self.layers[0](x)
+            return side * y
+
+    graph_module, _ = apply(InsertDistillationHooks(("hidden_states",)), export(Skipping(), torch.randn(2, 3, 4)))
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(graph_module(x)["hidden_states.0"], x + x.sin().cos())
+
+
 def test_gradients_flow_through_the_taps() -> None:
     module, graph_module = graph()
     graph_module, _ = apply(BOTH, graph_module)

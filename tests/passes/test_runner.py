@@ -98,8 +98,12 @@ def test_dump_folder_gets_a_file_for_each_pass(tmp_path: Path, monkeypatch: pyte
     folder = tmp_path / "made" / "here"
     monkeypatch.setenv("TSLD_DUMP", str(folder))
     run_passes(graph(), [DropMetadataAsserts(), DoubleRelu()])
-    assert sorted(f.name for f in folder.iterdir()) == ["00_DropMetadataAsserts.txt", "01_DoubleRelu.txt"]
-    dumped = (folder / "01_DoubleRelu.txt").read_text()
+    files = sorted(folder.iterdir())
+    names = [f.name.split("_", 1)[1] for f in files]
+    passes = ("DropMetadataAsserts", "DoubleRelu")
+    assert names == [f"{name}.{when}.txt" for name in passes for when in ("after", "before")]
+    assert "aten.add.Tensor" not in files[3].read_text()
+    dumped = files[2].read_text()
     assert dumped.startswith("# DoubleRelu: modified=True")
     assert "# +1 aten.add.Tensor" in dumped
     assert "torch.ops.aten.add.Tensor(relu, relu)" in dumped

@@ -24,7 +24,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML with the
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default runs/demo or demo-full.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train 2,000 steps (ten minutes).")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train 1,500 steps (eight minutes).")] = False,
     minutes: Annotated[float, typer.Option(help="Training time to aim at without --full.")] = 3.0,
 ) -> None:
     """Take the embedded decoder all the way: evaluate, ternary, TSLD training, convert, check, generate, report."""
@@ -142,7 +142,7 @@ def evaluate(
 def convert(
     model: Annotated[str, typer.Argument(help="Output folder of train, or the 'model' folder in it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed model.")],
-    backend: Annotated[str, typer.Option(help="auto | reference")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto | reference | cuda (its kernels must run here)")] = "auto",
     head_bits: Annotated[int | None, typer.Option(help="8: also pack the head of a float model (no training).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
 ) -> None:

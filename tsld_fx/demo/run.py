@@ -29,7 +29,7 @@ from tsld_fx.text_data import DEMO, read_documents, tokenize
 BLOCK = 256  # tokens
 BATCH = 8  # sequences per step
 RATE = 1e-3  # the peak learning rate
-FULL_STEPS = 2000
+FULL_STEPS = 1500
 PROMPTS = ("Return a new list", "class Path(object):\n", "The exception raised when")
 Say = Callable[[str], None]
 
