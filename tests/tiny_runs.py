@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from tests.models import build, ids
+from tsld_fx.cli import commands
 from tsld_fx.cli.main import main
 
 BLOCK = 16
@@ -134,15 +135,12 @@ def run_cli(*words: object) -> Outcome:
 
 @contextlib.contextmanager
 def _wide_terminal() -> Iterator[None]:
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "200"
+    """Tables are 200 columns wide, whatever terminal the tests run in."""
+    before, commands.console.width = commands.console.width, 200
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        commands.console.width = before
 
 
 def start_cli(*words: object) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tsld_fx.backends import check_backend
-from tsld_fx.errors import CheckpointError
+from tsld_fx.errors import BackendError, CheckpointError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, as_lowered
 
@@ -109,8 +109,8 @@ def load(
 
     Args:
         path: the checkpoint's folder.
-        backend: as in `convert`.
-        device: where to put it (default: where transformers loads it, the CPU).
+        backend: as in `convert`; `auto` goes by `device`.
+        device: where to put it (default: where transformers loads it, the CPU; with backend `cuda` the current GPU).
         kwargs: go to AutoModelForCausalLM.from_pretrained (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Raises:
@@ -118,7 +118,9 @@ def load(
         BackendError: the backend cannot run here.
     """
     folder = Path(path)
-    check_backend(backend)
+    check_backend(backend, device)
+    if backend == "cuda" and device is not None and torch.device(device).type != "cuda":
+        raise BackendError(f"backend='cuda' cannot run on device={str(device)!r}. Pass device='cuda', or leave it out.")
     config = read_config(folder)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:

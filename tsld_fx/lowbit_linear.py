@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsld_fx import ops  # noqa: F401  (registers tsld::lowbit_linear)
+from tsld_fx import cuda_linear, ops  # noqa: F401  (ops registers tsld::lowbit_linear)
 from tsld_fx.packing import dequantize, packed_width
 from tsld_fx.quantizers import scale_shape
 
@@ -19,7 +19,12 @@ class LowBitLinear(nn.Module):
     Buffers: `weight_packed` uint8 [out, bytes], `weight_scale` float32 [out, groups], [out, 1] or [1, 1],
     `weight_zero` uint8 in the scales' shape (affine, asymmetric only). Parameter: `bias` [out] or None.
     The packed weight and its scales keep their dtypes under `.half()` and `.to(dtype)`.
+
+    With `use_kernels()` the layer runs the CUDA kernels wherever it lies on a CUDA device: their copy of the weight is
+    made when the layer arrives there, is no part of its state, and is freed with it.
     """
+
+    kernels = False
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -58,6 +63,22 @@ class LowBitLinear(nn.Module):
             self.bits, self.group_size, self.in_features,
         )  # fmt: skip
 
+    def use_kernels(self) -> None:
+        """Run the CUDA kernels from now on, for fp16 and bf16 activations on CUDA devices.
+
+        Raises:
+            BackendError: no kernel serves this layer or its device, or too little memory.
+        """
+        self.kernels = True
+        self._register()
+
+    def _register(self) -> None:
+        packed = self.weight_packed
+        if self.kernels and type(packed) is Tensor and packed.device.type == "cuda":  # no fake tensors
+            cuda_linear.register(
+                packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features
+            )
+
     def dequantize(self) -> Tensor:
         """The float32 weight [out_features, in_features] that the codes stand for."""
         return dequantize(
@@ -84,7 +105,16 @@ class LowBitLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
+        self._register()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # deep copies
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._register()
 
     def extra_repr(self) -> str:
         """Shape and format, as `print(model)` shows them."""

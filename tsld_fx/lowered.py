@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from tsld_fx.backends import check_backend
+from tsld_fx.backends import check_backend, use_backend
 from tsld_fx.capture import attach, capture
 from tsld_fx.errors import ConfigError
 from tsld_fx.hf_quantizer import TsldHfQuantizer, TsldQuantizationConfig
@@ -86,29 +86,32 @@ def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listene
 
     Args:
         prepared: what `prepare` returned, trained or not (not trained: post-training quantisation).
-        backend: `auto`, or the name of one that `tsld_fx.backends` lists.
+        backend: `reference` (plain torch, on any device), `cuda` (the result is moved to a CUDA device, where fp16
+            and bf16 activations run low-bit kernels: call `.to(torch.float16)` or `.to(torch.bfloat16)` on it),
+            or `auto`: `cuda` where `prepared` lies on a device that the kernels serve, else `reference`.
         listener: called after each pass.
 
     Raises:
-        TsldError: not a prepared model, an unknown backend, or weights that are not finite.
+        TsldError: not a prepared model, a backend that is unknown or cannot run here, or weights that are not finite.
     """
     if not isinstance(prepared, PreparedModel):
         raise ConfigError(
             f"convert: expected the result of tsld_fx.prepare, got {type(prepared).__name__}. Call prepare first; "
             "tsld_fx.load reads a model that was converted and saved."
         )
-    backend = check_backend(backend)
+    check_backend(backend, prepared.device)
     graph_module = prepared.graph_module
     snapshot = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))  # containers of its own
     snapshot = run_passes(snapshot, convert_pipeline(), listener)
     layers = _packed_layers(snapshot)
     modules = {name: _module(layer, _bias(prepared, name)) for name, layer in layers.items()}
     lowered = _clone(prepared, "", modules, {})
-    lowered = _as_lowered(lowered, type(prepared).__mro__[2], backend)
+    lowered = _as_lowered(lowered, type(prepared).__mro__[2])
     lowered.config = _config(prepared, modules)
     attach_quantizer(lowered)
     lowered.__dict__["_tsld_graph"] = [attach(copy.deepcopy(snapshot.graph), lowered, snapshot)]
     lowered._tsld_graph[0].meta["place"] = (lowered.dtype, lowered.device)
+    lowered.__dict__["backend"] = use_backend(lowered, lowered.lowbit_layers(), backend)
     return lowered
 
 
@@ -171,16 +174,18 @@ def lowered_class(base: type[PreTrainedModel]) -> type[LoweredModel]:
     return type(base.__name__, (LoweredModel, base), {"__doc__": base.__doc__, "__module__": __name__})
 
 
-def _as_lowered(model: PreTrainedModel, base: type, backend: str) -> LoweredModel:
+def _as_lowered(model: PreTrainedModel, base: type) -> LoweredModel:
     lowered: LoweredModel = object.__new__(lowered_class(base))
     lowered.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_tsld"})
-    lowered.__dict__["backend"], lowered.__dict__["_tsld_graph"] = backend, []
+    lowered.__dict__["backend"], lowered.__dict__["_tsld_graph"] = "reference", []
     return lowered
 
 
 def as_lowered(model: PreTrainedModel, backend: str) -> LoweredModel:
     """Give a packed model that transformers loaded the extra methods of a LoweredModel."""
-    return _as_lowered(model, type(model), check_backend(backend))
+    lowered = _as_lowered(model, type(model))
+    lowered.__dict__["backend"] = use_backend(lowered, lowered.lowbit_layers(), backend)
+    return lowered
 
 
 def _plain(lowered: LoweredModel) -> Any:

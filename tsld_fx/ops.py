@@ -1,7 +1,8 @@
 """The operators that graphs carry: schema, implementation, fake implementation and gradient of each.
 
 They are registered with torch.library when this module is imported, and work under torch.export, torch.compile,
-autocast and autograd. The implementations here are plain torch on any device: the oracle of every backend.
+autocast and autograd. The implementations here are plain torch on any device: the oracle of every backend. On CUDA
+devices tsld::lowbit_linear runs kernels instead, for fp16 and bf16 activations and weights that `cuda_linear` knows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsld_fx import packing, quantizers
+from tsld_fx import cuda_linear, packing, quantizers
 from tsld_fx.errors import BackendError
 
 torch.library.define(
@@ -109,7 +110,6 @@ def _(packed: Tensor, scales: Tensor, zeros: Any, bits: int, group_size: int, in
 
 
 # ---------------------------------------------------------------- tsld::lowbit_linear
-@torch.library.impl("tsld::lowbit_linear", "default")
 def _lowbit_linear(
     x: Tensor,
     packed: Tensor,
@@ -132,6 +132,34 @@ def _lowbit_linear(
     with torch.autocast(x.device.type, enabled=False):
         result = functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
     return result.to(x.dtype)
+
+
+torch.library.impl("tsld::lowbit_linear", "default", _lowbit_linear)
+
+
+@torch.library.impl("tsld::lowbit_linear", "cuda")
+def _lowbit_linear_cuda(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Kernels for fp16 and bf16 activations of registered weights; float32 and float64 keep their accuracy."""
+    for name, tensor in (("packed weight", packed), ("scales", scales), ("zero points", zeros), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise BackendError(
+                f"tsld::lowbit_linear: the input is on {x.device}, the {name} on {tensor.device}. "
+                "Move the input or the model with .to(device)."
+            )
+    if x.dtype in cuda_linear.KERNEL_DTYPES:
+        kernels = cuda_linear.find(packed, scales, zeros, bits, group_size, in_features)
+        if kernels is not None:
+            return kernels(x, None if bias is None else bias.to(x.dtype))
+    return _lowbit_linear(x, packed, scales, zeros, bias, bits, group_size, in_features)
 
 
 @torch.library.register_fake("tsld::lowbit_linear")
