@@ -233,3 +233,11 @@ def test_traceback_only_when_asked_for_and_exit_code_of_the_process(tmp_path: Pa
     assert traced.returncode != 0
     assert "Traceback (most recent call last)" in err
     assert "CheckpointError" in err
+
+
+def test_inspect_refuses_another_quantisation_for_a_model_that_carries_its_own(tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    assert run_cli("convert", float_folder(), "--out", packed).code == 0
+    outcome = run_cli("inspect", packed, "--config", write_yaml(tmp_path / "q.yaml", {"quant": {}}))
+    assert outcome.code == 2
+    assert "carries its own quantisation" in outcome.err

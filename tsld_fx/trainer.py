@@ -133,6 +133,11 @@ class TSLDTrainer(WholeCheckpointTrainer):
         if self.distill.needs_teacher:
             check_teacher(teacher, model)
         super().__init__(model=model, **kwargs)
+        if self.args.n_gpu > 1:
+            raise TrainingError(
+                f"TSLDTrainer: {self.args.n_gpu} GPUs in one process would be used through DataParallel, which cannot "
+                "run a graph. Start one process per GPU (torchrun --nproc-per-node), or set CUDA_VISIBLE_DEVICES=0."
+            )
         self.loss_is_scaled_for_ga = False  # newer transformers ask; older ones look at accepts_loss_kwargs
         model.set_taps(self.distill.taps)
         self.teacher = self._ready_teacher(teacher) if teacher is not None and self.distill.needs_teacher else None

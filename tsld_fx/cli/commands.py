@@ -179,12 +179,16 @@ def inspect(
 ) -> None:
     """What each pass does to a model's graph, and a table of its layers."""
     from tsld_fx.config import QuantConfig
+    from tsld_fx.errors import ConfigError
     from tsld_fx.inspection import code_after, layer_table, trace_passes
     from tsld_fx.lowered import LoweredModel
     from tsld_fx.model_folders import load_any
+    from tsld_fx.prepared import PreparedModel
     from tsld_fx.settings import read_yaml
 
     loaded = load_any(model)
+    if config is not None and isinstance(loaded, PreparedModel | LoweredModel):
+        raise ConfigError(f"{model}: this model carries its own quantisation. Leave --config out.")
     quant = QuantConfig.from_dict(read_yaml(config).get("quant") or {}) if config else None
     records, inspected = ([], loaded) if isinstance(loaded, LoweredModel) else trace_passes(loaded, quant)
     table = Table("pass", "changed", "seconds", "operators that came and went", title="Passes")

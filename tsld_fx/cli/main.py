@@ -62,7 +62,7 @@ def main() -> None:
 
     try:
         app()
-    except TsldError as error:
+    except (TsldError, PermissionError, IsADirectoryError, FileExistsError) as error:
         if _options["traceback"]:
             raise
         message = " ".join(str(error).split())
