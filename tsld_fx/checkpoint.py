@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tsld_fx.backends import check_backend
 from tsld_fx.errors import BackendError, CheckpointError
@@ -83,7 +83,7 @@ def from_pretrained(folder: Path, **kwargs: Any) -> Any:
     Raises:
         CheckpointError: a file is cut short, or a tensor is missing or of another shape than the model's.
     """
-    weight_files(folder)
+    _check_packed_names(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -94,12 +94,39 @@ def from_pretrained(folder: Path, **kwargs: Any) -> Any:
         ) from error
     for name in sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder}: tensor {name!r} is missing. The checkpoint is incomplete; save it again.")
-    for name, stored, wanted in sorted(info["mismatched_keys"]):
+    mismatched = [(name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"]]
+    for name, stored, wanted in sorted(mismatched + _other_shapes(model)):
         raise CheckpointError(
             f"{folder}: tensor {name!r} has shape {list(stored)}, the model needs {list(wanted)}. "
             "config.json and the weights are not of one checkpoint; save it again."
         )
     return model
+
+
+def _check_packed_names(folder: Path) -> None:
+    """Every packed layer has its tensors in the files; transformers would leave a missing one uninitialised."""
+    stored = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as handle:
+            stored |= set(handle.keys())
+    quantization = read_config(folder).get("quantization_config")
+    layers = quantization.get("layers") if isinstance(quantization, dict) else None
+    for name, layer in (layers if isinstance(layers, dict) else {}).items():
+        zero = ["weight_zero"] if isinstance(layer, dict) and layer.get("zero") else []
+        for leaf in ("weight_packed", "weight_scale", *zero):
+            if f"{name}.{leaf}" not in stored:
+                raise CheckpointError(
+                    f"{folder}: tensor '{name}.{leaf}' is missing. The checkpoint is incomplete; save it again."
+                )
+
+
+def _other_shapes(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Parameters (name, shape, shape by config) that a loader took over as they were (transformers 5.17 does)."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    loaded = dict(model.named_parameters())
+    pairs = ((name, loaded[name].shape, p.shape) for name, p in skeleton.named_parameters() if name in loaded)
+    return [(name, tuple(found), tuple(wanted)) for name, found, wanted in pairs if found != wanted]
 
 
 def load(
