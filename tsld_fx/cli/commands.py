@@ -24,8 +24,8 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML with the
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default runs/demo or demo-full.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train 1,500 steps (eight minutes).")] = False,
-    minutes: Annotated[float, typer.Option(help="Training time to aim at without --full.")] = 3.0,
+    full: Annotated[bool, typer.Option("--full", help="Train 1,000 steps.")] = False,
+    minutes: Annotated[float, typer.Option(help="Training time to aim at without --full.")] = 2.5,
 ) -> None:
     """Take the embedded decoder all the way: evaluate, ternary, TSLD training, convert, check, generate, report."""
     from tsld_fx.demo.run import run_demo
