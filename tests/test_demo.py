@@ -60,8 +60,8 @@ def test_demo_reports_what_training_regained_and_resumes(small: None, tmp_path: 
 @pytest.mark.parametrize(
     ("pace", "minutes", "full", "steps", "bf16"),
     [
-        (Pace(0.5, 0.9), 3.0, False, 360, False),
-        (Pace(0.5, 0.25), 3.0, False, 720, True),
+        (Pace(0.5, 0.9), 3.0, False, 300, False),
+        (Pace(0.5, 0.25), 3.0, False, 600, True),
         (Pace(60.0, 60.0), 1.0, False, 30, False),
         (Pace(1e-6, 1.0), 3.0, False, demo.FULL_STEPS, False),
         (Pace(60.0, 60.0), 1.0, True, demo.FULL_STEPS, False),
