@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,12 +28,22 @@ def test_goldens(golden) -> None:
     golden("w4_bf16_g128_sm90a.cu", render(KernelSpec("bf16", 4, 128, "sm_90a"), [FEW_TOKENS, MANY_TOKENS]))
 
 
-def test_importing_builds_nothing_and_needs_no_gpu() -> None:
-    code = (
-        "import subprocess as s; s.Popen = s.run = None; import tsld_fx.codegen, torch; "
-        "assert not torch.cuda.is_initialized()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_builds_nothing_and_needs_no_gpu(tmp_path: Path) -> None:
+    code = """
+import subprocess
+started = []
+class Recorder(subprocess.Popen):
+    def __init__(self, command, *args, **kwargs):
+        started.append(str(command))
+        super().__init__(command, *args, **kwargs)
+subprocess.Popen = Recorder
+import tsld_fx.codegen, torch
+assert not torch.cuda.is_initialized()
+assert not any("nvcc" in command or "ptxas" in command for command in started), started
+"""
+    cache = tmp_path / "cache"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TSLD_CACHE_DIR": str(cache)})
+    assert not cache.exists() or not list(cache.iterdir())
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "compute_80"])
