@@ -74,7 +74,7 @@ def _cuda_device(device: torch.device | str | int) -> torch.device:
     if not torch.cuda.is_available():
         raise BackendError(
             "backend='cuda' needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False here. "
-            "Install a CUDA build of torch and a driver, or use backend='cpu'."
+            "Install a CUDA build of torch and a driver, or use backend='reference'."
         )
     found = torch.device(device)
     if found.type != "cuda":

@@ -49,7 +49,7 @@ def _driver() -> ctypes.CDLL:
     except OSError as error:
         raise BackendError(
             "backend='cuda' needs an NVIDIA driver on this machine (libcuda not found). "
-            "Use backend='cpu', or build on this machine and run where there is a GPU."
+            "Use backend='reference', or build on this machine and run where there is a GPU."
         ) from error
     if not hasattr(library, "cuLibraryLoadData"):
         raise BackendError("The NVIDIA driver is too old: these kernels need a driver of CUDA 12 or later.")

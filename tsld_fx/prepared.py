@@ -330,9 +330,4 @@ def _is_quantiser_value(name: str) -> bool:
     return name.rpartition(".")[2] in (*LEARNED_LEAVES, "weight_zero")
 
 
-def is_prepared(model: object) -> bool:
-    """Whether `prepare` made this model."""
-    return isinstance(model, PreparedModel)
-
-
 __all__ = ["PreparedModel", "PreparedOutput", "load_prepared", "prepare"]

@@ -16,7 +16,7 @@ def layer() -> tuple:
 
 def test_no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="backend='cpu'"):
+    with pytest.raises(BackendError, match="backend='reference'"):
         LowBitGemm.pack(*layer())
 
 
