@@ -5,6 +5,8 @@ prepared = tsld_fx.prepare(model)          # fake-quantised graph over the model
 lowered = tsld_fx.convert(prepared)        # packed weights, transformers' generate
 """
 
+import importlib
+
 from tsld_fx import losses
 from tsld_fx.checkpoint import load
 from tsld_fx.config import AffineWeight, QuantConfig, TernaryWeight
@@ -33,10 +35,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """TSLDTrainer is imported on first use: it pulls in transformers.Trainer and accelerate."""
-    if name == "TSLDTrainer":
-        from tsld_fx.trainer import TSLDTrainer
+_LAZY = {  # name -> module that is imported on its first use, because it is slow to import or needs an extra
+    "TSLDTrainer": "tsld_fx.trainer",
+}
 
-        return TSLDTrainer
+
+def __getattr__(name: str) -> object:
+    """The names in _LAZY."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'tsld_fx' has no attribute {name!r}")
