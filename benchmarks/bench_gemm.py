@@ -71,6 +71,9 @@ def bench_shape(n: int, k: int, args: Any, ceiling: float) -> list[dict[str, Any
         row |= {"config": plan.config.name, "splits": plan.splits}
         row["ours_us"] = microseconds_per_call([partial(g, x) for g in gemms])
         row["ours_error"] = relative_error(gemms[0](x), expected)
+        for kind in args.quantised:
+            row[f"ours_{kind}_us"] = microseconds_per_call([partial(g, x, quantise=kind) for g in gemms])
+            row[f"ours_{kind}_error"] = relative_error(gemms[0](x, quantise=kind), expected)
         if args.no_overlap_too:
             row["ours_no_overlap_us"] = microseconds_per_call([partial(g, x, overlap=False) for g in gemms])
         row["cublas_us"] = microseconds_per_call([partial(f, x) for f in dense_calls])
@@ -90,6 +93,10 @@ def print_row(row: dict[str, Any]) -> None:
     text = f"{row['n']:>6}x{row['k']:<6} M={row['m']:<5} ours {row['ours_us']:8.2f} us"
     if "ours_no_overlap_us" in row:
         text += f" (alone {row['ours_no_overlap_us']:7.2f})"
+    for kind in ("int8", "fp8"):
+        if f"ours_{kind}_us" in row:
+            us = row[f"ours_{kind}_us"]
+            text += f"  {kind} {us:8.2f} ({row['cublas_us'] / us:5.2f}x, err {row[f'ours_{kind}_error']:.0e})"
     text += f"  cuBLAS {row['cublas_us']:8.2f} ({row['cublas_us'] / row['ours_us']:5.2f}x)"
     if "humming_us" in row:
         text += f"  humming {row['humming_us']:8.2f} ({row['humming_us'] / row['ours_us']:5.2f}x)"
@@ -103,6 +110,9 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--bits", type=int, default=2, choices=(2, 4, 8))
     parser.add_argument("--group-size", type=int, default=0)
+    parser.add_argument(
+        "--quantised", type=lambda text: text.split(","), default=[], help="int8,fp8: activations of 8 bits too"
+    )
     parser.add_argument("--target", help='build for this target; "compute_80" runs the A100 code path through PTX')
     parser.add_argument("--no-humming", action="store_true")
     parser.add_argument("--no-overlap-too", action="store_true", help="also time without overlapping launches")

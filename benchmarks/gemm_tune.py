@@ -2,7 +2,8 @@
 
     python benchmarks/gemm_tune.py --tokens 1,16,64,256,2048 --all runs/tune.json --table codegen/tuned/sm_90.json
 
-`--table` replaces the entries of the same bits and kind of scale and keeps the others.
+`--table` replaces the entries of the shapes and M that were measured, for the same kind of weights, scales and
+activations, and keeps the others.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.cuda_gemm import LowBitGemm, build_kernel
 from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
 from tsld_fx.codegen.select_config import Plan
-from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
 SPLITS = (1, 2, 3, 4, 6, 8)
@@ -55,8 +56,8 @@ def stream_candidates(m: int) -> list[GemmConfig]:
 
 def wgmma_candidates(m: int) -> list[GemmConfig]:
     found = []
-    for tokens, groups, rt, stages in itertools.product((32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
-        if rt * tokens > 256 or tokens >= 2 * max(m, 32) or (m >= 4 * tokens and tokens < 128):
+    for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
+        if rt * tokens > 256 or tokens >= 2 * max(m, 16) or (m >= 4 * tokens and tokens < 128):
             continue
         found.append(GemmConfig(tokens, 4 * groups, 1, 1, rt, stages, "wgmma"))
     return found
@@ -64,10 +65,10 @@ def wgmma_candidates(m: int) -> list[GemmConfig]:
 
 def candidates(spec: KernelSpec, m: int, kernels: str) -> list[GemmConfig]:
     wanted = kernels.split(",")
-    found = stream_candidates(m) if "stream" in wanted and m <= 64 else []
-    if "mma" in wanted:
+    found = stream_candidates(m) if "stream" in wanted and m <= 64 and not spec.quantised else []
+    if "mma" in wanted and not spec.quantised:
         found += mma_candidates(m)
-    if "wgmma" in wanted and spec.hopper and m > 16:
+    if "wgmma" in wanted and spec.hopper and m > 8:
         found += wgmma_candidates(m)
     limit = shared_limit(spec.capability)
     return [c for c in found if c.shared_bytes(spec) <= limit]
@@ -97,10 +98,10 @@ def layers(n: int, k: int, bits: int, group: int, target: str | None) -> list[Lo
     return [LowBitGemm(random_weights(n, k, bits, group), device, target) for _ in range(count)]
 
 
-def plans(gemm: LowBitGemm, config: GemmConfig, m: int) -> list[Plan]:
+def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | None) -> list[Plan]:
     """Split-K values and blocks per multiprocessor that make sense for this shape."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    spec, weights = gemm.spec("fp16"), gemm.weights
+    spec, weights = gemm.spec("fp16", quantised), gemm.weights
     limit = shared_limit(spec.capability)
     tiles = math.prod(Plan(config).tiles(m, weights.row_tiles))
     found = []
@@ -123,22 +124,29 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int) -> list[Plan]:
     return found
 
 
-def tune(gemms: list[LowBitGemm], m: int, kernels: str, deadline: float) -> list[tuple[float, Plan]]:
+def tune(
+    gemms: list[LowBitGemm], m: int, kernels: str, deadline: float, quantised: Quantised | None
+) -> list[tuple[float, Plan]]:
     """(microseconds, plan), fastest first: every candidate once, the best ten again with care."""
     x = torch.randn(m, gemms[0].weights.in_features, dtype=torch.float16, device="cuda")
     results = []
-    for config in candidates(gemms[0].spec("fp16"), m, kernels):
-        for plan in plans(gemms[0], config, m):
+    for config in candidates(gemms[0].spec("fp16", quantised), m, kernels):
+        for plan in plans(gemms[0], config, m, quantised):
             if time.monotonic() > deadline:
                 break
-            calls = [lambda g=g, plan=plan: g(x, plan=plan) for g in gemms]
+            calls = [lambda g=g, plan=plan: g(x, plan=plan, quantise=quantised) for g in gemms]
             try:
                 results.append((microseconds_per_call(calls, target_us=400.0, samples=3), plan))
             except BackendError as error:
                 print(f"# {config.name}: {error}", file=sys.stderr)
     results.sort(key=lambda r: r[0])
     again = [
-        (microseconds_per_call([lambda g=g, p=plan: g(x, plan=p) for g in gemms], target_us=2000.0), plan)
+        (
+            microseconds_per_call(
+                [lambda g=g, p=plan: g(x, plan=p, quantise=quantised) for g in gemms], target_us=2000.0
+            ),
+            plan,
+        )
         for _, plan in results[:8]
     ]
     return sorted(again, key=lambda r: r[0]) + results[8:]
@@ -161,15 +169,22 @@ def token_ranges(tokens: list[int]) -> dict[int, tuple[int, int]]:
     return ranges
 
 
-def write_table(path: Path, found: list[dict[str, Any]], bits: int, group: int) -> None:
+def write_table(path: Path, found: list[dict[str, Any]], bits: int, group: int, quantised: str | None) -> None:
     """The fastest plan per shape and M, beside the entries of other kinds of weights that the file holds."""
     kept = json.loads(path.read_text())["entries"] if path.exists() else []
-    kept = [e for e in kept if (e["bits"], bool(e["group"])) != (bits, bool(group))]
+    measured = {(f["n"], f["k"], f["m"]) for f in found}
+    kept = [
+        e
+        for e in kept
+        if (e["bits"], bool(e["group"]), e.get("quantised")) != (bits, bool(group), quantised)
+        or (e["n"], e["k"], e["m"]) not in measured
+    ]
     ranges = token_ranges(sorted({f["m"] for f in found}))
-    fields = ("bits", "group", "n", "k", "us", "splits", "per_sm", "config")
+    fields = ("bits", "group", "n", "k", "m", "us", "splits", "per_sm", "config")
     for entry in (f for f in found if f["rank"] == 0):
         low, high = ranges[entry["m"]]
-        kept.append({"m_min": low, "m_max": high, **{name: entry[name] for name in fields}})
+        more = {"quantised": quantised} if quantised else {}
+        kept.append({"m_min": low, "m_max": high, **more, **{name: entry[name] for name in fields}})
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(e) for e in kept)
     path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
@@ -181,6 +196,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,64,256,2048")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=0)
+    parser.add_argument("--quantised", choices=("int8", "fp8"), help="round the activations first (timed with it)")
     parser.add_argument("--kernels", default="stream,mma,wgmma")
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")
@@ -189,7 +205,7 @@ def main() -> None:
     parser.add_argument("--all", type=Path, help="write every measurement here")
     parser.add_argument("--table", type=Path, help="write the fastest plans here, for select_config")
     args = parser.parse_args()
-    spec = KernelSpec("fp16", args.bits, args.group, args.target)
+    spec = KernelSpec("fp16", args.bits, args.group, args.target, args.quantised)
     tokens = [int(m) for m in args.tokens.split(",")]
     print(f"# {build_all(spec, tokens, args.kernels, args.workers)} kernels built", flush=True)
     if args.build_only:
@@ -200,7 +216,7 @@ def main() -> None:
     for index, (n, k, m) in enumerate(jobs):
         left = args.seconds - (time.monotonic() - start)
         gemms = layers(n, k, args.bits, args.group, args.target)
-        ranked = tune(gemms, m, args.kernels, time.monotonic() + left / (len(jobs) - index))
+        ranked = tune(gemms, m, args.kernels, time.monotonic() + left / (len(jobs) - index), args.quantised)
         for rank, (us, plan) in enumerate(ranked):
             entry = {
                 "n": n,
@@ -211,6 +227,8 @@ def main() -> None:
                 "per_sm": plan.per_sm,
                 "config": vars(plan.config),
             }
+            if args.quantised:
+                entry["quantised"] = args.quantised
             found.append({"bits": args.bits, "group": args.group, "target": args.target, "rank": rank, **entry})
             if rank < 3:
                 what = f"w{args.bits} g{args.group} {n}x{k} m={m}"
@@ -218,7 +236,7 @@ def main() -> None:
     if args.all:
         args.all.write_text(json.dumps(found))
     if args.table:
-        write_table(args.table, found, args.bits, args.group)
+        write_table(args.table, found, args.bits, args.group, args.quantised)
 
 
 if __name__ == "__main__":

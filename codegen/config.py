@@ -59,12 +59,12 @@ class GemmConfig:
             self.warps_m != 1
             or self.warps_k != 1
             or self.warps_n % 4
-            or self.tokens not in (32, 64, 128, 256)
+            or self.tokens not in (16, 32, 64, 128, 256)
             or self.block_rows > 512
         ):
             raise BackendError(
-                f"GemmConfig {self.name}: a wgmma kernel takes 32, 64, 128 or 256 tokens, whole groups of four warps "
-                "along the rows, and at most 512 rows per block."
+                f"GemmConfig {self.name}: a wgmma kernel takes 16, 32, 64, 128 or 256 tokens, whole groups of "
+                "four warps along the rows, and at most 512 rows per block."
             )
 
     @property
@@ -84,6 +84,7 @@ class GemmConfig:
             return 1
         if self.kernel == "wgmma":
             registers, warps = self.row_tiles * self.tokens // 2 + 66, self.threads // 32
+            registers += 24 * (self.row_tiles > 1 and self.tokens == 16)  # addresses of two row tiles
             fitting = [b for b in (3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]
             return max(fitting, default=1)
         sums = (
@@ -119,7 +120,11 @@ class GemmConfig:
             return self.warps_k * self.stages * self.row_tiles * (tile_bytes(spec.bits) + meta_bytes(spec))
         if self.kernel == "wgmma":
             tiles = self.block_rows // TILE_ROWS
-            stage = self.tokens * CHUNK * 2 + tiles * tile_bytes(spec.bits) + _round_up(tiles * meta_bytes(spec), 1024)
+            stage = (
+                self.tokens * CHUNK * spec.x_bytes
+                + tiles * tile_bytes(spec.bits)
+                + _round_up(tiles * meta_bytes(spec), 1024)
+            )
             return 1024 + self.stages * stage
         x_bytes = _round_up(self.tokens * (self.warps_k * CHUNK * 2 + 16), 128)
         warp_tiles = self.warps_n * self.warps_k * self.row_tiles

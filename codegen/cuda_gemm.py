@@ -14,9 +14,10 @@ from tsld_fx.codegen.compiler import KernelBuildError, find_compiler
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel, tensor_map
 from tsld_fx.codegen.layout import KernelWeights, to_kernel_layout
+from tsld_fx.codegen.quantise import quantise_tokens
 from tsld_fx.codegen.render import kernel_name, render
 from tsld_fx.codegen.select_config import Plan, choose
-from tsld_fx.codegen.spec import Activation, KernelSpec
+from tsld_fx.codegen.spec import Activation, KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
 _ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -30,6 +31,7 @@ class GemmParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partial", "counters")),
         ("ldx", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "row_tiles", "chunks", "chunks_per_split")),
+        ("x_scale", ctypes.c_void_p),
     ]
 
 
@@ -149,23 +151,31 @@ class LowBitGemm:
             )
         return _ACTIVATIONS[x.dtype]
 
-    def plan(self, m: int, activation: Activation = "fp16") -> Plan:
+    def plan(self, m: int, activation: Activation = "fp16", quantise: Quantised | None = None) -> Plan:
         """The configuration that a call with `m` tokens runs."""
         weights = self.weights
         return choose(
-            self.spec(activation), weights.out_features, weights.in_features, max(m, 1), self._multiprocessors
+            self.spec(activation, quantise), weights.out_features, weights.in_features, max(m, 1), self._multiprocessors
         )
 
-    def spec(self, activation: Activation) -> KernelSpec:
-        return KernelSpec(activation, self.weights.bits, self.weights.group, self._target)
+    def spec(self, activation: Activation, quantise: Quantised | None = None) -> KernelSpec:
+        """What a call with such activations computes."""
+        return KernelSpec(activation, self.weights.bits, self.weights.group, self._target, quantise)
 
     def __call__(
-        self, x: Tensor, bias: Tensor | None = None, *, plan: Plan | None = None, overlap: bool | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        plan: Plan | None = None,
+        overlap: bool | None = None,
+        quantise: Quantised | None = None,
     ) -> Tensor:
         """x [..., in_features] -> [..., out_features], on the current stream; any strides, any number of tokens.
 
         plan: run this configuration instead of the chosen one (tuning). overlap: False launches without overlap with
-        the kernel before (see `LoadedKernel.launch`); otherwise Hopper and later overlap.
+        the kernel before (see `LoadedKernel.launch`); otherwise Hopper and later overlap. quantise: round x to 8 bits
+        first, one scale per token (its largest magnitude): faster with many tokens, and inexact.
         """
         activation = self._check(x, bias)
         weights = self.weights
@@ -180,20 +190,25 @@ class LowBitGemm:
             raise BackendError(f"x has {m} rows; one call takes fewer than 2^31. Split the batch.")
         rows = _aligned_rows(x.reshape(m, k))
         with torch.cuda.device(self.device):
-            self._launch(rows, bias, y, plan or self.plan(m, activation), activation, overlap)
+            scale = None
+            if quantise is not None:
+                rows, scale = quantise_tokens(rows, self.spec(activation, quantise), weights.chunks)
+            plan = plan or self.plan(m, activation, quantise)
+            self._launch(rows, scale, bias, y, plan, self.spec(activation, quantise), overlap)
         return y
 
     def _launch(
         self,
         rows: Tensor,
+        x_scale: Tensor | None,
         bias: Tensor | None,
         y: Tensor,
         plan: Plan,
-        activation: Activation,
+        spec: KernelSpec,
         overlap: bool | None,
     ) -> None:
-        """Enqueue one kernel; rows [m, k] with 16-byte aligned rows."""
-        weights, m, spec = self.weights, rows.shape[0], self.spec(activation)
+        """Enqueue one kernel; rows [m, k] with 16-byte aligned rows, or quantised ones with their scales [m]."""
+        weights, m = self.weights, rows.shape[0]
         kernel = _kernel(spec, plan.config, self.device.index)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         partial: Tensor | None = None
@@ -213,15 +228,16 @@ class LowBitGemm:
             ),
             None if partial is None else partial.data_ptr(),
             None if counters is None else counters.data_ptr(),
-            rows.stride(0) if m > 1 else -(-weights.in_features // 8) * 8,
+            rows.stride(0) if m > 1 else -(-rows.shape[1] // 8) * 8,
             *(m, weights.out_features, weights.in_features, weights.row_tiles, weights.chunks),
             -(-weights.chunks // plan.splits),
+            None if x_scale is None else x_scale.data_ptr(),
         )
         ensure_context(self.device.index)
         arguments: list[ctypes.Structure] = [params]
         if plan.config.kernel == "wgmma":
-            shape = (m, weights.in_features, params.ldx, plan.config.tokens)
-            arguments.append(tensor_map(rows.data_ptr(), activation == "bf16", *shape))
+            shape = (m, rows.shape[1], params.ldx, plan.config.tokens)
+            arguments.append(tensor_map(rows.data_ptr(), rows.dtype, *shape))
         grid = plan.grid(m, weights.row_tiles, self._multiprocessors)
         shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, self._multiprocessors)
         kernel.launch(grid, shared, arguments, stream, overlap=self._overlap and overlap is not False)

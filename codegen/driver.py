@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from tsld_fx.errors import BackendError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -131,22 +133,26 @@ def ensure_context(device: int) -> None:
         _check(_driver().cuCtxSetCurrent(current), f"Opening CUDA device {device}")
 
 
-def tensor_map(address: int, bf16: bool, rows: int, columns: int, row_stride: int, box_rows: int) -> TensorMap:
-    """Map of a row-major 16-bit matrix at `address` for boxes of box_rows x 64 elements, 128-byte swizzle.
+_TENSOR_MAP_TYPES = {torch.uint8: 0, torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_*
 
-    row_stride in elements, a multiple of 8. Elements outside of [rows, columns] read as zero.
+
+def tensor_map(address: int, dtype: torch.dtype, rows: int, columns: int, row_stride: int, box_rows: int) -> TensorMap:
+    """Map of a row-major matrix at `address` for boxes of box_rows x 128 bytes, 128-byte swizzle.
+
+    dtype: float16, bfloat16 or uint8. row_stride in elements, a multiple of 16 bytes. Elements outside of
+    [rows, columns] read as zero.
     """
     buffer = (ctypes.c_char * 192)()  # ctypes aligns to 16 at most before Python 3.13
     offset = -ctypes.addressof(buffer) % 64
     found = TensorMap.from_buffer(buffer, offset)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.byref(found),
-        ctypes.c_int(9 if bf16 else 6),  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
+        ctypes.c_int(_TENSOR_MAP_TYPES[dtype]),
         ctypes.c_uint32(2),
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(row_stride * 2),
-        (ctypes.c_uint32 * 2)(64, box_rows),
+        (ctypes.c_uint64 * 1)(row_stride * dtype.itemsize),
+        (ctypes.c_uint32 * 2)(128 // dtype.itemsize, box_rows),
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(0),  # not interleaved
         ctypes.c_int(3),  # 128-byte swizzle

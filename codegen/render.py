@@ -13,10 +13,12 @@ from tsld_fx.cuda_templates import TEMPLATE_DIR
 from tsld_fx.errors import BackendError
 
 _TYPES = {"fp16": "Fp16", "bf16": "Bf16"}
+_QUANTISED = {"int8": "Int8", "fp8": "Fp8"}
+QUANTISE_THREADS = 128
 
 
 @lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
         undefined=jinja2.StrictUndefined,
@@ -40,7 +42,12 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         entry, shape = "Wgmma", [config.tokens, config.warps_n // 4, config.row_tiles]
     else:
         raise BackendError(f"{config.name} uses Hopper's instructions, which {spec.target} lacks. Build for sm_90a.")
-    arguments = [f"tsld::{_TYPES[spec.activation]}", spec.bits, spec.group, *shape, config.stages]
+    activation = f"tsld::{_TYPES[spec.activation]}"
+    if spec.quantised:
+        if entry != "Wgmma":
+            raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
+        activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
+    arguments = [activation, spec.bits, spec.group, *shape, config.stages]
     return {
         "name": kernel_name(spec, config),
         "comment": f"{config.block_rows} rows x {config.block_tokens} tokens per block",
@@ -53,9 +60,29 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
     }
 
 
+def quantise_name(spec: KernelSpec) -> str:
+    """Name of the kernel that rounds the activations of `spec` to 8 bits."""
+    return f"tsld_quantise_{spec.activation}_{spec.quantised}"
+
+
+def render_quantise(spec: KernelSpec) -> str:
+    """Source of the kernel that rounds activations to 8 bits, one scale per token."""
+    if spec.quantised is None:
+        raise BackendError(f"{spec} keeps its activations as they are: there is nothing to quantise.")
+    return (
+        environment()
+        .get_template("quantise.cu.j2")
+        .render(
+            name=quantise_name(spec),
+            type=f"tsld::{_QUANTISED[spec.quantised]}<tsld::{_TYPES[spec.activation]}>",
+            threads=QUANTISE_THREADS,
+        )
+    )
+
+
 def render(spec: KernelSpec, configs: Sequence[GemmConfig]) -> str:
     """Source of one translation unit with a kernel for each configuration."""
     kernels = [_kernel(spec, config) for config in configs]
     headers = sorted({f"gemm_{config.kernel}.cuh" for config in configs})
     title = f"Low-bit GEMM: {spec.bits}-bit weights, {spec.activation} activations, group {spec.group}"
-    return _environment().get_template("gemm.cu.j2").render(title=title, headers=headers, kernels=kernels)
+    return environment().get_template("gemm.cu.j2").render(title=title, headers=headers, kernels=kernels)

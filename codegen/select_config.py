@@ -12,6 +12,7 @@ from typing import Any
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.spec import CHUNK, TILE_ROWS, KernelSpec
 from tsld_fx.codegen.workspace import COUNTERS_PER_LAUNCH
+from tsld_fx.errors import BackendError
 
 _TUNED = Path(__file__).resolve().parent / "tuned"
 _NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
@@ -83,7 +84,7 @@ _WGMMA = {
 def tuned_table(capability: int) -> tuple[dict[str, Any], ...]:
     """Entries of `tuned/sm_XX.json`; empty where there is no file. Written by benchmarks/gemm_tune.py:
 
-    {bits, group, n, k, m_min, m_max, config: {fields of GemmConfig}, splits, per_sm, us}
+    {bits, group, quantised (where it is), n, k, m_min, m_max, config: {fields of GemmConfig}, splits, per_sm, us}
     """
     path = _TUNED / f"sm_{capability}.json"
     if not path.exists():
@@ -91,8 +92,8 @@ def tuned_table(capability: int) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(path.read_text())["entries"])
 
 
-def _kind(entry: dict[str, Any]) -> tuple[int, bool]:
-    return int(entry["bits"]), bool(entry["group"])
+def _kind(entry: dict[str, Any]) -> tuple[int, bool, str | None]:
+    return int(entry["bits"]), bool(entry["group"]), entry.get("quantised")
 
 
 def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
@@ -106,7 +107,9 @@ def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
         for e in tuned_table(spec.capability)
         if e["m_min"] <= m <= e["m_max"] and (spec.hopper or e["config"]["kernel"] != "wgmma")
     ]
-    kinds = ((spec.bits, bool(spec.group)), (2, False))  # where a kind was not tuned, ternary rows are the best guess
+    kinds = [(spec.bits, bool(spec.group), spec.quantised)]
+    if spec.quantised is None:
+        kinds.append((2, False, None))  # where a kind was not tuned, ternary rows are the best guess
     entries = next((found for kind in kinds if (found := [e for e in serving if _kind(e) == kind])), [])
     best = min(entries, key=distance, default=None)
     if best is None or distance(best) > _NEAR:
@@ -126,14 +129,14 @@ def _splits(plan: Plan, m: int, row_tiles: int, chunks: int, multiprocessors: in
 
 def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
     row_tiles, chunks, limit = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK), shared_limit(spec.capability)
-    if m <= max(_STREAM):
+    if m <= max(_STREAM) and spec.quantised is None:
         config = _STREAM[min(t for t in _STREAM if t >= m)]
         if row_tiles >= _MANY_ROW_GROUPS and spec.bits == 2:
             config = replace(config, row_tiles=4, stages=3)
         plan = Plan(config)  # a block keeps all of x in shared memory: too much for large K
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
             return plan
-    table = _WGMMA if spec.hopper and m > 32 else _MMA
+    table = _WGMMA if spec.quantised or (spec.hopper and m > 32) else _MMA
     config = table[min((t for t in table if t >= m), default=max(table))]
     config = config.fitted(spec, limit)
     per_sm = max(1, min(limit // config.shared_bytes(spec), 1024 // config.threads, config.least_blocks(spec)))
@@ -143,6 +146,11 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
 
 def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
     """The plan for y[m, n] = x[m, k] @ weights[n, k].T on a machine with so many multiprocessors."""
+    if spec.quantised and not spec.hopper:
+        raise BackendError(
+            f"{spec.quantised} activations have kernels for Hopper (compute capability 9.0) only, not for "
+            f"{spec.target}. Keep the activations as they are (activations='a16')."
+        )
     row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
     plan = _tuned(spec, n, k, m)
     if plan is not None:

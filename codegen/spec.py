@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from tsld_fx.errors import BackendError
 
 Activation = Literal["fp16", "bf16"]
+Quantised = Literal["int8", "fp8"]
 
 CHUNK = 128  # inputs per chunk of the kernel layout
 TILE_ROWS = 16  # output rows per tile of the kernel layout
@@ -25,12 +26,14 @@ class KernelSpec:
     bits: 2 (ternary), 4 or 8 (unsigned codes with zero points).
     group: inputs per scale: 0 (one scale per output row, which serves a per-tensor scale too), 32, 64 or 128.
     target: "sm_XX" (machine code), "sm_90a" (Hopper's own instructions) or "compute_XX" (PTX, compiled by the driver).
+    quantised: 8-bit type that x is rounded to before the product, with one scale per token; None keeps x as it is.
     """
 
     activation: Activation
     bits: int
     group: int = 0
     target: str = "sm_80"
+    quantised: Quantised | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -47,6 +50,12 @@ class KernelSpec:
             raise BackendError(
                 f"KernelSpec: no CUDA kernel for scales per group of {self.group}. "
                 "Use group_size 32, 64, 128 or a multiple of 128, or one scale per channel."
+            )
+        if self.quantised is not None and (self.bits != 2 or self.group):
+            raise BackendError(
+                f"KernelSpec: activations are rounded to {self.quantised} only for ternary weights with one scale per "
+                f"channel or tensor, not for {self.bits} bits in groups of {self.group}. Keep the activations as they "
+                "are (activations='a16')."
             )
         if not _TARGET.match(self.target) or self.capability < 80:
             raise BackendError(
@@ -68,4 +77,10 @@ class KernelSpec:
     @property
     def name(self) -> str:
         granularity = f"g{self.group}" if self.group else "row"
-        return f"w{self.bits}_{self.activation}_{granularity}"
+        quantised = f"_{self.quantised}" if self.quantised else ""
+        return f"w{self.bits}{quantised}_{self.activation}_{granularity}"
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes per input of what the tensor cores multiply the weights with."""
+        return 1 if self.quantised else 2

@@ -19,6 +19,7 @@ namespace tsld {
 template <class Type_, int kBits_, int kGroup_, int kTokens_, int kGroups_, int kRowTiles_, int kStages_>
 struct WgmmaConfig {
   using Type = Type_;
+  static_assert(Type::kBytes == 2 || (kBits_ == 2 && kGroup_ == 0), "8-bit activations: ternary, one scale per row");
   static constexpr int kBits = kBits_, kGroup = kGroup_, kStages = kStages_, kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;                    // consumer warp groups
   static constexpr int kRowTiles = kRowTiles_;                // 64-row tiles per warp group, a 16-row tile per warp
@@ -40,8 +41,9 @@ struct WgmmaConfig {
 
   using Weights = WeightLayout<kBits>;
   using Meta = MetaLayout<kBits, kGroup>;
-  static constexpr int kPanelBytes = kTokens * 128;           // 64 inputs of every token
-  static constexpr int kXBytes = 2 * kPanelBytes;
+  static constexpr int kPanelBytes = kTokens * 128;           // 64 inputs of every token, 128 of 8-bit types
+  static constexpr int kXBytes = Type::kBytes * kPanelBytes;
+  static constexpr int kSteps = 2 * Type::kBytes;             // matrix instructions per batch of 64 inputs
   static constexpr int kWeightBytes = kBlockTiles * Weights::kBytes;
   static constexpr int kMetaBytes = kBlockTiles * Meta::kBytes;
   static constexpr int kStageBytes = kXBytes + kWeightBytes + ceil_div(kMetaBytes, 1024) * 1024;
@@ -52,6 +54,7 @@ struct WgmmaConfig {
 template <class C>
 class WgmmaGemm {
   using T = typename C::Type;
+  using Sum = typename T::Sum;
   using Weights = typename C::Weights;
   using Meta = typename C::Meta;
 
@@ -139,7 +142,7 @@ class WgmmaGemm {
   }
 
   __device__ __forceinline__ void copy_x(int stage, const Work& w, int chunk) const {
-    if (lane_ < 2)  // inputs and tokens past the last arrive as zeros
+    if (lane_ < T::kBytes)  // inputs and tokens past the last arrive as zeros
       copy_tensor(x_stage(stage) + lane_ * C::kPanelBytes, x_map_, (w.first_chunk + chunk) * kChunk + lane_ * 64,
                   w.token_block * C::kTokens, full(stage));
   }
@@ -173,7 +176,7 @@ class WgmmaGemm {
     bool waited = false;
     for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
       const Work w = work(index);
-      float acc[C::kRowTiles][C::kTokenTiles][4] = {};
+      Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
       multiply(acc, w, ring);
       if (!waited) wait_for_previous_kernel();  // before anything is written
       waited = true;
@@ -181,7 +184,7 @@ class WgmmaGemm {
     }
   }
 
-  __device__ __forceinline__ void multiply(float (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w,
+  __device__ __forceinline__ void multiply(Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w,
                                            Ring& ring) const {
     ZeroPoint<T, C::kBits> zero[C::kRowTiles];
     if constexpr (C::kGroup == 0 && C::kBits > 2) {
@@ -193,7 +196,7 @@ class WgmmaGemm {
           zero[rt].set(half, p_.row_zero[min(tile, p_.row_tiles - 1) * 16 + lane_ / 4 + 8 * half]);
         }
     }
-    u32 a[2][4][4];  // two batches of four steps of 16 inputs
+    u32 a[2][C::kSteps][4];  // two batches of 64 inputs
     int previous = -1;
     for (int i = 0; i < w.chunks; ++i) {
       barrier_wait(full(ring.stage), ring.phase);
@@ -204,9 +207,10 @@ class WgmmaGemm {
           dequant_batch(a[half], zero[rt], ring.stage, rt, half);
           wgmma_fence();
           pin(acc[rt]);
-          const u64 panel = panel_descriptor(x_stage(ring.stage) + half * C::kPanelBytes);
+          const u64 panel = T::kBytes == 2 ? panel_descriptor(x_stage(ring.stage) + half * C::kPanelBytes)
+                                           : panel_descriptor(x_stage(ring.stage)) + 4 * half;  // 64 bytes on
 #pragma unroll
-          for (int step = 0; step < 4; ++step) Wgmma<T, C::kTokenTiles>::run(acc[rt], a[half][step], panel + 2 * step);
+          for (int step = 0; step < C::kSteps; ++step) Wgmma<T, C::kTokenTiles>::run(acc[rt], a[half][step], panel + 2 * step);
           wgmma_commit();
           pin(acc[rt]);
           wgmma_wait<1>();  // the other register buffer is free; so is, at the start of a stage, the stage before
@@ -223,7 +227,7 @@ class WgmmaGemm {
 
   // Split K: every block leaves its sums in the order of its registers; the last to arrive adds them up in the order
   // of the splits and returns true. The counter is left at zero for the next launch.
-  __device__ __forceinline__ bool add_splits(float (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
+  __device__ __forceinline__ bool add_splits(Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
     constexpr int kFloats = C::kBlockRows * C::kTokens;  // of a tile
     const int tile = w.token_block * row_blocks_ + w.row_block;
     float* mine = p_.partial + static_cast<i64>(tile) * splits_ * kFloats + threadIdx.x * 4;
@@ -249,9 +253,9 @@ class WgmmaGemm {
 #pragma unroll
       for (int nt = 0; nt < C::kTokenTiles; ++nt) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0.f;
+        for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0;
         for (int split = 0; split < splits_; ++split) {
-          float part[4];
+          Sum part[4];
           load_float4_l2(part, mine + static_cast<i64>(split) * kFloats +
                                    (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4);
 #pragma unroll
@@ -262,7 +266,8 @@ class WgmmaGemm {
   }
 
   // Scale, bias, round, and turn 8x8 blocks around in registers: a lane then holds two neighbouring rows of a token.
-  __device__ __forceinline__ void store(const float (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
+  __device__ __forceinline__ void store(const Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
+    using Out = typename T::Out;
     const u16* bias = static_cast<const u16*>(p_.bias);
     u16* y = static_cast<u16*>(p_.y);
 #pragma unroll
@@ -273,18 +278,25 @@ class WgmmaGemm {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile * kTileRows + lane_ / 4 + 8 * half;
-        scale[half] = p_.row_scale[row];
-        shift[half] = bias != nullptr && row < p_.n ? T::to_float(bias[row]) : 0.f;
+        scale[half] = p_.row_scale[row] * T::kWeight;
+        shift[half] = bias != nullptr && row < p_.n ? Out::to_float(bias[row]) : 0.f;
       }
       const int row = tile * kTileRows + lane_ % 4 * 2;
 #pragma unroll
       for (int nt = 0; nt < C::kTokenTiles; ++nt) {
         const int token = w.token_block * C::kTokens + nt * 8 + lane_ / 4;
-        const float(&v)[4] = acc[rt][nt];
+        const Sum(&v)[4] = acc[rt][nt];
+        float token_scale[2] = {1.f, 1.f};  // of the two tokens whose sums this lane holds
+        if constexpr (T::kBytes == 1) {
+          const int first = w.token_block * C::kTokens + nt * 8 + lane_ % 4 * 2;
+#pragma unroll
+          for (int i = 0; i < 2; ++i) token_scale[i] = p_.x_scale[min(first + i, p_.m - 1)];
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const u32 two = transpose8x8(T::pack2(v[2 * half] * scale[half] + shift[half],
-                                                v[2 * half + 1] * scale[half] + shift[half]));
+          const u32 two =
+              transpose8x8(Out::pack2(static_cast<float>(v[2 * half]) * scale[half] * token_scale[0] + shift[half],
+                                      static_cast<float>(v[2 * half + 1]) * scale[half] * token_scale[1] + shift[half]));
           const int r = row + 8 * half;
           if (token >= p_.m || r >= p_.n) continue;
           u16* to = y + static_cast<i64>(token) * p_.n + r;
@@ -299,8 +311,8 @@ class WgmmaGemm {
     }
   }
 
-  // Codes of 64 inputs of one row tile -> the A operands of four steps; group scales are multiplied in here.
-  __device__ __forceinline__ void dequant_batch(u32 (&a)[4][4], ZeroPoint<T, C::kBits>& zero, int stage, int rt,
+  // Codes of 64 inputs of one row tile -> the A operands of the steps; group scales are multiplied in here.
+  __device__ __forceinline__ void dequant_batch(u32 (&a)[C::kSteps][4], ZeroPoint<T, C::kBits>& zero, int stage, int rt,
                                                 int half) const {
     constexpr int kWords = Weights::kWordsPerPair;
     const int tile = C::row_tile(warp_, rt);
@@ -319,6 +331,18 @@ class WgmmaGemm {
         for (int i = 0; i < 4; ++i) words[4 * v + i] = codes.w[i];
       }
     }
+    if constexpr (T::kBytes == 1) {
+#pragma unroll
+      for (int step = 0; step < 2; ++step) dequant_narrow(a[step], words[step]);
+    } else {
+      dequant_wide(a, zero, words, stage, tile, half);
+    }
+  }
+
+  __device__ __forceinline__ void dequant_wide(u32 (&a)[4][4], ZeroPoint<T, C::kBits>& zero,
+                                               const u32 (&words)[2 * Weights::kWordsPerPair], int stage, int tile,
+                                               int half) const {
+    constexpr int kWords = Weights::kWordsPerPair;
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const int group = C::kGroup ? (half * 64 + pair * 32) / (C::kGroup ? C::kGroup : 1) : 0;

@@ -1,4 +1,4 @@
-// Arguments of every kernel of the family, passed by value. `codegen/launch.py` mirrors this structure.
+// Arguments of every kernel of the family, passed by value. `codegen/cuda_gemm.py` mirrors this structure.
 #pragma once
 
 #include "tsld/ptx.cuh"
@@ -6,7 +6,7 @@
 namespace tsld {
 
 struct GemmParams {
-  const void* x;          // [m, ldx] fp16 or bf16, 16-byte aligned rows
+  const void* x;          // [m, ldx] fp16, bf16 or 8-bit values (narrow.cuh), 16-byte aligned rows
   const void* weights;    // fragment-order codes, see layout.cuh
   const void* meta;       // group scales (and zero points) per row tile and chunk; null for one scale per row
   const float* row_scale; // [16 * row_tiles] fp32, folded with the constant of the code
@@ -20,6 +20,7 @@ struct GemmParams {
   int row_tiles;          // ceil(n / 16)
   int chunks;             // ceil(k / 128)
   int chunks_per_split;   // chunks that one block of grid.z works on
+  const float* x_scale;   // [m] scales of quantised tokens (narrow.cuh); null for 16-bit x
 };
 
 }  // namespace tsld

@@ -89,6 +89,12 @@ __device__ __forceinline__ void store_float4_l2(float* p, const float (&v)[4]) {
                : "memory");
 }
 
+// The same for sums of integers, bit for bit.
+__device__ __forceinline__ void store_float4_l2(float* p, const int (&v)[4]) {
+  const float f[4] = {__int_as_float(v[0]), __int_as_float(v[1]), __int_as_float(v[2]), __int_as_float(v[3])};
+  store_float4_l2(p, f);
+}
+
 __device__ __forceinline__ void load_float4_l2(float (&v)[4], const float* p) {
   asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
@@ -96,9 +102,20 @@ __device__ __forceinline__ void load_float4_l2(float (&v)[4], const float* p) {
                : "memory");
 }
 
+__device__ __forceinline__ void load_float4_l2(int (&v)[4], const float* p) {
+  float f[4];
+  load_float4_l2(f, p);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = __float_as_int(f[i]);
+}
+
 // ---- half precision types: what differs between fp16 and bf16 ----------------------------------------------
 
 struct Fp16 {
+  using Out = Fp16;   // type of y
+  using Sum = float;  // of the accumulators
+  static constexpr int kBytes = 2;
+  static constexpr float kWeight = 1.f;  // what row_scale has to be multiplied with
   // c[16 rows x 8 tokens] += a[16 x 16] * b[16 x 8]: mma.m16n8k16, fp32 accumulation
   static __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -128,6 +145,10 @@ struct Fp16 {
 };
 
 struct Bf16 {
+  using Out = Bf16;
+  using Sum = float;
+  static constexpr int kBytes = 2;
+  static constexpr float kWeight = 1.f;
   static __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

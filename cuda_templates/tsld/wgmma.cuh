@@ -3,7 +3,7 @@
 // "cp.async.bulk".
 #pragma once
 
-#include "tsld/ptx.cuh"
+#include "tsld/narrow.cuh"
 
 namespace tsld {
 
@@ -27,12 +27,14 @@ __device__ __forceinline__ void registers_decrease() {
 }
 
 // Keeps the compiler from moving accumulators while an asynchronous product still writes them.
-template <int kTokenTiles>
-__device__ __forceinline__ void pin(float (&d)[kTokenTiles][4]) {
+__device__ __forceinline__ void pin(float& d) { asm volatile("" : "+f"(d)::"memory"); }
+__device__ __forceinline__ void pin(int& d) { asm volatile("" : "+r"(d)::"memory"); }
+template <class Sum, int kTokenTiles>
+__device__ __forceinline__ void pin(Sum (&d)[kTokenTiles][4]) {
 #pragma unroll
   for (int j = 0; j < kTokenTiles; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[j][i])::"memory");
+    for (int i = 0; i < 4; ++i) pin(d[j][i]);
 }
 
 // Shared-memory descriptor of a K-major panel: rows of 128 bytes, 128-byte swizzle, 8 rows to 1024 bytes.
@@ -41,88 +43,92 @@ __device__ __forceinline__ u64 panel_descriptor(u32 address) {
          ((address & 0x3FFFF) >> 4);
 }
 
-// d[64 rows x 8 * kTokenTiles tokens] += a[64 x 16] * panel^T. d[j] is the fragment of tokens 8j .. 8j+7.
+// d[64 rows x 8 * kTokenTiles tokens] += a[64 x inputs] * panel^T over 32 bytes of inputs (16 of 16-bit types, 32 of
+// 8-bit types). d[j] is the fragment of tokens 8j .. 8j+7.
 template <class T, int kTokenTiles>
 struct Wgmma;
 
-#define TSLD_D1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define TSLD_D4(j) TSLD_D1(j), TSLD_D1(j + 1), TSLD_D1(j + 2), TSLD_D1(j + 3)
-#define TSLD_D16(j) TSLD_D4(j), TSLD_D4(j + 4), TSLD_D4(j + 8), TSLD_D4(j + 12)
+#define TSLD_D1(C, j) C(d[j][0]), C(d[j][1]), C(d[j][2]), C(d[j][3])
+#define TSLD_D2(C, j) TSLD_D1(C, j), TSLD_D1(C, j + 1)
+#define TSLD_D4(C, j) TSLD_D2(C, j), TSLD_D2(C, j + 2)
+#define TSLD_D8(C, j) TSLD_D4(C, j), TSLD_D4(C, j + 4)
+#define TSLD_D16(C, j) TSLD_D8(C, j), TSLD_D8(C, j + 8)
+#define TSLD_D32(C, j) TSLD_D16(C, j), TSLD_D16(C, j + 16)
+#define TSLD_FLOAT(x) "+f"(x)
+#define TSLD_INT(x) "+r"(x)
 
-#define TSLD_WGMMA_32(T, NAME)                                                                    \
-  template <>                                                                                     \
-  struct Wgmma<T, 4> {                                                                          \
-    static __device__ __forceinline__ void run(float (&d)[4][4], const u32 (&a)[4], u64 panel) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." NAME "." NAME " {"               \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-            "}, {%16, %17, %18, %19}, %20, 1, 1, 1, 0;"                                      \
-            : TSLD_D4(0)                                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                            \
-    }                                                                                             \
+// T: template parameters and type; K: inputs of a step; TYPES: of d, a and b; TAIL: scale-d and what else the types take.
+#define TSLD_WGMMA(PARAMETERS, T, SUM, C, TILES, N, K, TYPES, TAIL, D, A)                                            \
+  template <PARAMETERS>                                                                                             \
+  struct Wgmma<T, TILES> {                                                                                          \
+    static __device__ __forceinline__ void run(SUM (&d)[TILES][4], const u32 (&a)[4], u64 panel) {                  \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k" K "." TYPES " {" D "}, {" A TAIL ";"                   \
+                   : TSLD_D##TILES(C, 0)                                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                                       \
+    }                                                                                                               \
   };
-TSLD_WGMMA_32(Fp16, "f16")
-TSLD_WGMMA_32(Bf16, "bf16")
+#define TSLD_REGISTERS_16 \
+  "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TSLD_OPERANDS_16 "%8, %9, %10, %11}, %12"
+#define TSLD_REGISTERS_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TSLD_OPERANDS_32 "%16, %17, %18, %19}, %20"
+#define TSLD_REGISTERS_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TSLD_OPERANDS_64 "%32, %33, %34, %35}, %36"
+#define TSLD_REGISTERS_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TSLD_OPERANDS_128 "%64, %65, %66, %67}, %68"
+#define TSLD_REGISTERS_256 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
+  "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, " \
+  "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
+  "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
+#define TSLD_OPERANDS_256 "%128, %129, %130, %131}, %132"
 
-#define TSLD_WGMMA_64(T, NAME)                                                                    \
-  template <>                                                                                     \
-  struct Wgmma<T, 8> {                                                                          \
-    static __device__ __forceinline__ void run(float (&d)[8][4], const u32 (&a)[4], u64 panel) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {"               \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
-            "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                      \
-            : TSLD_D4(0), TSLD_D4(4)                                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                            \
-    }                                                                                             \
-  };
-TSLD_WGMMA_64(Fp16, "f16")
-TSLD_WGMMA_64(Bf16, "bf16")
-
-#define TSLD_WGMMA_128(T, NAME)                                                                    \
-  template <>                                                                                     \
-  struct Wgmma<T, 16> {                                                                          \
-    static __device__ __forceinline__ void run(float (&d)[16][4], const u32 (&a)[4], u64 panel) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {"               \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
-            "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-            "%56, %57, %58, %59, %60, %61, %62, %63" \
-            "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"                                      \
-            : TSLD_D16(0)                                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                            \
-    }                                                                                             \
-  };
-TSLD_WGMMA_128(Fp16, "f16")
-TSLD_WGMMA_128(Bf16, "bf16")
-
-#define TSLD_WGMMA_256(T, NAME)                                                                    \
-  template <>                                                                                     \
-  struct Wgmma<T, 32> {                                                                          \
-    static __device__ __forceinline__ void run(float (&d)[32][4], const u32 (&a)[4], u64 panel) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {"               \
-            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
-            "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
-            "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-            "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, " \
-            "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, " \
-            "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
-            "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, " \
-            "%123, %124, %125, %126, %127" \
-            "}, {%128, %129, %130, %131}, %132, 1, 1, 1, 0;"                                      \
-            : TSLD_D16(0), TSLD_D16(16)                                                                         \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                            \
-    }                                                                                             \
-  };
-TSLD_WGMMA_256(Fp16, "f16")
-TSLD_WGMMA_256(Bf16, "bf16")
+#define TSLD_TYPES_OF(TILES, N)                                                                                      \
+  TSLD_WGMMA(, Fp16, float, TSLD_FLOAT, TILES, #N, "16", "f32.f16.f16", ", 1, 1, 1, 0", TSLD_REGISTERS_##N,          \
+             TSLD_OPERANDS_##N)                                                                                     \
+  TSLD_WGMMA(, Bf16, float, TSLD_FLOAT, TILES, #N, "16", "f32.bf16.bf16", ", 1, 1, 1, 0", TSLD_REGISTERS_##N,        \
+             TSLD_OPERANDS_##N)                                                                                     \
+  TSLD_WGMMA(class Out, Int8<Out>, int, TSLD_INT, TILES, #N, "32", "s32.s8.s8", ", 1", TSLD_REGISTERS_##N,           \
+             TSLD_OPERANDS_##N)                                                                                     \
+  TSLD_WGMMA(class Out, Fp8<Out>, float, TSLD_FLOAT, TILES, #N, "32", "f32.e4m3.e4m3", ", 1, 1, 1",                  \
+             TSLD_REGISTERS_##N, TSLD_OPERANDS_##N)
+TSLD_TYPES_OF(2, 16)
+TSLD_TYPES_OF(4, 32)
+TSLD_TYPES_OF(8, 64)
+TSLD_TYPES_OF(16, 128)
+TSLD_TYPES_OF(32, 256)
 
 #undef TSLD_D1
+#undef TSLD_D2
 #undef TSLD_D4
+#undef TSLD_D8
 #undef TSLD_D16
-#undef TSLD_WGMMA_32
-#undef TSLD_WGMMA_64
-#undef TSLD_WGMMA_128
-#undef TSLD_WGMMA_256
+#undef TSLD_D32
+#undef TSLD_FLOAT
+#undef TSLD_INT
+#undef TSLD_WGMMA
+#undef TSLD_TYPES_OF
+#undef TSLD_REGISTERS_16
+#undef TSLD_REGISTERS_32
+#undef TSLD_REGISTERS_64
+#undef TSLD_REGISTERS_128
+#undef TSLD_REGISTERS_256
+#undef TSLD_OPERANDS_16
+#undef TSLD_OPERANDS_32
+#undef TSLD_OPERANDS_64
+#undef TSLD_OPERANDS_128
+#undef TSLD_OPERANDS_256
 
 // Transposes an 8x8 matrix of 16-bit elements held two to a lane (row l/4, columns 2*(l%4), +1).
 __device__ __forceinline__ u32 transpose8x8(u32 v) {

@@ -1,0 +1,251 @@
+// Activations -> planes of int8 limbs (or float32), and sums of the finished tokens -> y. Included once per level, in
+// its namespace, with TSLD_TARGET: plain C++ that the compiler vectorises for the level. Sums run in a fixed order of
+// 16 lanes, so every level gives the same bits.
+
+template <int DTYPE>
+TSLD_TARGET TSLD_INLINE void load16(const void* x, int64_t at, int64_t count, float* out) {
+  const int64_t c = count < 16 ? count : 16;
+  if (c < 16)
+    for (int i = 0; i < 16; i++) out[i] = 0;
+  if (DTYPE == TSLD_CPU_F32) {
+    memcpy(out, static_cast<const float*>(x) + at, static_cast<size_t>(c) * 4);
+    return;
+  }
+  uint16_t raw[16] = {};
+  if (c == 16) memcpy(raw, static_cast<const uint16_t*>(x) + at, 32);
+  else memcpy(raw, static_cast<const uint16_t*>(x) + at, static_cast<size_t>(c) * 2);
+  for (int i = 0; i < 16; i++) out[i] = DTYPE == TSLD_CPU_BF16 ? from_bf16(raw[i]) : from_f16(raw[i]);
+}
+
+struct RowFacts {
+  uint32_t top;   // bits of the largest magnitude; NaN and Inf are the largest
+  float squares;  // sum of squares of x / 2^64 or x * 2^64 where it would leave float's range; only its ratio counts
+};
+
+template <int DTYPE>
+TSLD_TARGET RowFacts row_facts(const void* x, int64_t k) {
+  uint32_t top[16] = {};
+  for (int64_t i = 0; i < k; i += 16) {
+    float v[16];
+    load16<DTYPE>(x, i, k - i, v);
+    for (int j = 0; j < 16; j++) {
+      const uint32_t m = as_bits(v[j]) & 0x7fffffffu;
+      top[j] = m > top[j] ? m : top[j];
+    }
+  }
+  for (int j = 1; j < 16; j++) top[0] = top[j] > top[0] ? top[j] : top[0];
+  const float largest = as_float(top[0]);
+  float squares[16] = {};
+  const float inverse = top[0] > 0x20000000u && top[0] < 0x7f800000u ? 1.0f / largest : 0x1p64f;
+  for (int64_t i = 0; i < k; i += 16) {
+    float v[16];
+    load16<DTYPE>(x, i, k - i, v);
+    for (int j = 0; j < 16; j++) {
+      const float u = v[j] * inverse;
+      squares[j] += u * u;
+    }
+  }
+  for (int half = 8; half; half /= 2)
+    for (int j = 0; j < half; j++) squares[j] += squares[j + half];
+  return {top[0], squares[0]};
+}
+
+// Limbs of one row, from x scaled by `inverse`, into planes; LIMBS 1, 2 or 3.
+template <int DTYPE, int LIMBS>
+TSLD_TARGET void limbs_of_row(const Weights& w, const Workspace& layout, void* ws, const void* x, int64_t token,
+                              float prescale, float inverse) {
+  int32_t* sums = layout.sums(ws, token);
+  int8_t* planes[3];
+  for (int l = 0; l < LIMBS; l++)
+    planes[l] = layout.tiles ? layout.tile(ws, w, token / 16, l) + token % 16 * 64 : layout.plane(ws, token, l);
+  for (int64_t index = 0; index < layout.segments; index++) {
+    const Segment s = segment(w, index);
+    int32_t total[LIMBS][16] = {};
+    for (int64_t i = 0; i < s.padded; i += 16) {
+      float v[16] = {};
+      if (i < s.length) load16<DTYPE>(x, s.start + i, s.length - i, v);
+      int32_t t[16];
+      for (int j = 0; j < 16; j++) {  // 1.5 * 2^23: the integer, rounded to even, lands in the low bits
+        const float scaled = v[j] * prescale * inverse;
+        t[j] = static_cast<int32_t>(as_bits(scaled + 12582912.0f) - 0x4b400000u);
+      }
+      const int64_t to = s.at + i, rest = s.padded - i, place = layout.tiles ? to / 64 * 1024 + to % 64 : to;
+      for (int l = 0; l < LIMBS; l++) {
+        int8_t q[16];
+        for (int j = 0; j < 16; j++) {
+          q[j] = static_cast<int8_t>(t[j]);
+          total[l][j] += q[j];
+          t[j] = (t[j] - q[j]) >> 8;
+        }
+        memcpy(planes[l] + place, q, rest < 16 ? static_cast<size_t>(rest) : 16);
+      }
+    }
+    for (int l = 0; l < LIMBS; l++) {
+      int32_t sum = 0;
+      for (int j = 0; j < 16; j++) sum += total[l][j];
+      sums[l * layout.segments + index] = sum;
+    }
+  }
+}
+
+template <int DTYPE>
+TSLD_TARGET void floats_of_row(const Weights& w, const Workspace& layout, void* ws, const void* x, int64_t token) {
+  float* plane = reinterpret_cast<float*>(layout.plane(ws, token, 0));
+  for (int64_t index = 0; index < layout.segments; index++) {
+    const Segment s = segment(w, index);
+    for (int64_t i = 0; i < s.padded; i += 16) {
+      float v[16] = {};
+      if (i < s.length) load16<DTYPE>(x, s.start + i, s.length - i, v);
+      memcpy(plane + s.at + i, v, (s.padded - i < 16 ? static_cast<size_t>(s.padded - i) : 16) * 4);
+    }
+  }
+}
+
+template <int DTYPE>
+TSLD_TARGET void quantize_rows(const Weights& w, int level, int activations, const void* x, int64_t ldx,
+                               int64_t tokens, void* ws, int64_t t0, int64_t t1) {
+  const Workspace layout(w, level, activations, tokens);
+  for (int64_t t = t0; t < t1; t++) {
+    const void* row = static_cast<const char*>(x) + t * ldx * (DTYPE == TSLD_CPU_F32 ? 4 : 2);
+    const RowFacts facts = row_facts<DTYPE>(row, w.k);
+    const bool finite = facts.top < 0x7f800000u;
+    Token& token = layout.tokens(ws)[t];
+    if (layout.floats) {
+      token = {finite ? 1.0f : as_float(0x7fc00000u), 1.0f, 1, 0};
+      floats_of_row<DTYPE>(w, layout, ws, row, t);
+      continue;
+    }
+    const float largest = as_float(facts.top);
+    const bool tiny = largest < 0x1p-60f;  // then 1 / largest or the scale would leave float's range
+    const float prescale = finite ? (tiny ? 0x1p64f : 1.0f) : 0.0f, reach = largest * prescale;
+    const bool wide = layout.limbs == 3 && facts.top > 0x20000000u &&
+                      static_cast<float>(w.k) > 81.0f * facts.squares;  // largest > 9 * root mean square
+    const float range = layout.limbs == 1 ? 127.0f : wide ? 4128768.0f : 32512.0f;
+    const float inverse = finite && reach > 0 ? range / reach : 0.0f;
+    token = {finite ? reach / range : as_float(0x7fc00000u), tiny ? 0x1p-64f : 1.0f,
+             layout.limbs == 1 ? 1 : wide ? 3 : 2, 0};
+    if (layout.limbs == 1) limbs_of_row<DTYPE, 1>(w, layout, ws, row, t, prescale, inverse);
+    else if (wide) limbs_of_row<DTYPE, 3>(w, layout, ws, row, t, prescale, inverse);
+    else limbs_of_row<DTYPE, 2>(w, layout, ws, row, t, prescale, inverse);
+  }
+}
+
+// acc[64] += scale * (d - zero * sum) of one segment; d[limb] are int32 [64].
+template <int LIMBS>
+TSLD_TARGET void fold(const Weights& w, int64_t index, int64_t panel, const int32_t* const* d, const int32_t* sums,
+                      int64_t segments, float* acc) {
+  const int64_t from = index / w.splits * w.rows + panel * kPanel;
+  const float* scales = w.scales() + from;
+  const uint8_t* zeros = w.zeros() ? w.zeros() + from : nullptr;
+  const int32_t s0 = sums[index], s1 = LIMBS > 1 ? sums[segments + index] : 0,
+                s2 = LIMBS > 2 ? sums[2 * segments + index] : 0;
+  for (int j = 0; j < kPanel; j++) {
+    const int32_t zero = zeros ? zeros[j] : w.zero;
+    float f = static_cast<float>(d[0][j] - zero * s0);
+    if (LIMBS > 1) f += 256.0f * static_cast<float>(d[1][j] - zero * s1);
+    if (LIMBS > 2) f += 65536.0f * static_cast<float>(d[2][j] - zero * s2);
+    acc[j] += f * scales[j];
+  }
+}
+
+TSLD_TARGET TSLD_INLINE void fold_token(const Weights& w, int64_t index, int64_t panel, int limbs,
+                                        const int32_t* const* d, const int32_t* sums, int64_t segments, float* acc) {
+  if (limbs == 1) fold<1>(w, index, panel, d, sums, segments, acc);
+  else if (limbs == 2) fold<2>(w, index, panel, d, sums, segments, acc);
+  else fold<3>(w, index, panel, d, sums, segments, acc);
+}
+
+TSLD_TARGET static void store(const Weights& w, const Token& token, int64_t panel, const float* acc, const float* bias,
+                              void* y, int dtype, int64_t at) {
+  const int64_t first = panel * kPanel, left = w.n - first, count = left < kPanel ? left : kPanel;
+  float v[kPanel];
+  for (int j = 0; j < kPanel; j++) v[j] = acc[j] * token.scale * token.post;
+  if (bias)
+    for (int j = 0; j < count; j++) v[j] += bias[first + j];
+  if (dtype == TSLD_CPU_F32) {
+    memcpy(static_cast<float*>(y) + at + first, v, static_cast<size_t>(count) * 4);
+    return;
+  }
+  uint16_t h[kPanel];
+  if (dtype == TSLD_CPU_BF16)
+    for (int j = 0; j < kPanel; j++) h[j] = to_bf16(v[j]);
+  else
+    for (int j = 0; j < kPanel; j++) h[j] = to_f16(v[j]);
+  memcpy(static_cast<uint16_t*>(y) + at + first, h, static_cast<size_t>(count) * 2);
+}
+
+// ---------------------------------------------------------------- panels, with dots() and adds() of the level
+template <int BITS>
+TSLD_TARGET void few_tokens(const Weights& w, const Workspace& layout, const void* ws, const float* bias, void* y,
+                            int dtype, int64_t ldy, int64_t t0, int64_t t1, int64_t panel) {
+  const uint8_t* codes = w.codes() + panel * w.panel_bytes();
+  int64_t t = t0;
+  while (t < t1) {  // up to four planes at once: whole tokens
+    const int8_t* planes[4];
+    int64_t count = 0, used = 0;
+    for (; t + count < t1; count++) {
+      const int limbs = layout.tokens(ws)[t + count].limbs;
+      if (used + limbs > 4) break;
+      for (int l = 0; l < limbs; l++) planes[used++] = layout.plane(ws, t + count, l);
+    }
+    alignas(64) float acc[4][kPanel] = {};
+    alignas(64) int32_t d[4][kPanel];
+    for (int64_t index = 0; index < layout.segments; index++) {
+      const Segment s = segment(w, index);
+      const int8_t* here[4];
+      for (int p = 0; p < used; p++) here[p] = planes[p] + s.at;
+      const uint8_t* from = codes + s.at / w.step() * 256;
+      const int64_t steps = s.padded / w.step();
+      if (used == 1) dots<BITS, 1>(from, steps, here, d);
+      else if (used == 2) dots<BITS, 2>(from, steps, here, d);
+      else if (used == 3) dots<BITS, 3>(from, steps, here, d);
+      else dots<BITS, 4>(from, steps, here, d);
+      for (int64_t c = 0, p = 0; c < count; c++) {
+        const int limbs = layout.tokens(ws)[t + c].limbs;
+        const int32_t* of[3] = {d[p], d[p + 1 < 4 ? p + 1 : p], d[p + 2 < 4 ? p + 2 : p]};
+        fold_token(w, index, panel, limbs, of, layout.sums(ws, t + c), layout.segments, acc[c]);
+        p += limbs;
+      }
+    }
+    for (int64_t c = 0; c < count; c++)
+      store(w, layout.tokens(ws)[t + c], panel, acc[c], bias, y, dtype, (t + c) * ldy);
+    t += count;
+  }
+}
+
+TSLD_TARGET static void add_tokens(const Weights& w, const Workspace& layout, const void* ws, const float* bias,
+                                   void* y, int dtype, int64_t ldy, int64_t t0, int64_t t1, int64_t panel) {
+  const uint8_t* codes = w.codes() + panel * w.panel_bytes();
+  for (int64_t t = t0; t < t1; t++) {
+    const float* plane = reinterpret_cast<const float*>(layout.plane(ws, t, 0));
+    alignas(64) float acc[kPanel] = {};
+    for (int64_t index = 0; index < layout.segments; index++) {
+      const Segment s = segment(w, index);
+      alignas(64) float sum[kPanel] = {};
+      for (int64_t at = s.at; at < s.at + s.padded; at += kAddBlock) {
+        const int64_t end = s.at + s.padded, inputs = end - at < kAddBlock ? end - at : kAddBlock;
+        adds(codes + at / 16 * 256, inputs / 16, plane + at, sum);
+      }
+      const float* scales = w.scales() + index / w.splits * w.rows + panel * kPanel;
+      for (int j = 0; j < kPanel; j++) acc[j] += sum[j] * scales[j];
+    }
+    store(w, layout.tokens(ws)[t], panel, acc, bias, y, dtype, t * ldy);
+  }
+}
+
+TSLD_TARGET static void quantize(const Weights& w, int level, int activations, const void* x, int dtype, int64_t ldx,
+                                 int64_t tokens, void* ws, int64_t t0, int64_t t1) {
+  if (dtype == TSLD_CPU_F32) quantize_rows<TSLD_CPU_F32>(w, level, activations, x, ldx, tokens, ws, t0, t1);
+  else if (dtype == TSLD_CPU_BF16) quantize_rows<TSLD_CPU_BF16>(w, level, activations, x, ldx, tokens, ws, t0, t1);
+  else quantize_rows<TSLD_CPU_F16>(w, level, activations, x, ldx, tokens, ws, t0, t1);
+}
+
+TSLD_TARGET static void multiply(const Weights& w, const Workspace& layout, const void* ws, const float* bias, void* y,
+                                 int dtype, int64_t ldy, int64_t t0, int64_t t1, int64_t p0, int64_t p1) {
+  for (int64_t panel = p0; panel < p1; panel++) {
+    if (layout.floats) add_tokens(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
+    else if (w.bits == 2) few_tokens<2>(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
+    else if (w.bits == 4) few_tokens<4>(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
+    else few_tokens<8>(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
+  }
+}
