@@ -25,7 +25,7 @@ struct Weights {
   int64_t rows;                  // n padded
   int64_t scales_at, zeros_at;   // offsets in bytes; zeros_at 0: the zero point is `zero` everywhere
   int32_t zero, tiles;           // tiles: every segment is a multiple of 64 inputs
-  int64_t bytes, reserved;
+  int64_t bytes, reserved[3];
 
   const uint8_t* codes() const { return reinterpret_cast<const uint8_t*>(this) + sizeof(Weights); }
   const float* scales() const {

@@ -4,26 +4,24 @@
 
 template <int DTYPE>
 TSLD_TARGET TSLD_INLINE void load16(const void* x, int64_t at, int64_t count, float* out) {
-  const int64_t c = count < 16 ? count : 16;
-  if (c < 16)
-    for (int i = 0; i < 16; i++) out[i] = 0;
   if (DTYPE == TSLD_CPU_F32) {
-    memcpy(out, static_cast<const float*>(x) + at, static_cast<size_t>(c) * 4);
+    const float* from = static_cast<const float*>(x) + at;
+    if (count >= 16) memcpy(out, from, 64);
+    else
+      for (int i = 0; i < 16; i++) out[i] = i < count ? from[i] : 0.0f;
     return;
   }
-  uint16_t raw[16] = {};
-  if (c == 16) memcpy(raw, static_cast<const uint16_t*>(x) + at, 32);
-  else memcpy(raw, static_cast<const uint16_t*>(x) + at, static_cast<size_t>(c) * 2);
+  const uint16_t* from = static_cast<const uint16_t*>(x) + at;
+  uint16_t raw[16];
+  if (count >= 16) memcpy(raw, from, 32);
+  else
+    for (int i = 0; i < 16; i++) raw[i] = i < count ? from[i] : 0;
   for (int i = 0; i < 16; i++) out[i] = DTYPE == TSLD_CPU_BF16 ? from_bf16(raw[i]) : from_f16(raw[i]);
 }
 
-struct RowFacts {
-  uint32_t top;   // bits of the largest magnitude; NaN and Inf are the largest
-  float squares;  // sum of squares of x / 2^64 or x * 2^64 where it would leave float's range; only its ratio counts
-};
-
+// Bits of the largest magnitude of a row; NaN and Inf are the largest.
 template <int DTYPE>
-TSLD_TARGET RowFacts row_facts(const void* x, int64_t k) {
+TSLD_TARGET uint32_t largest_bits(const void* x, int64_t k) {
   uint32_t top[16] = {};
   for (int64_t i = 0; i < k; i += 16) {
     float v[16];
@@ -34,20 +32,24 @@ TSLD_TARGET RowFacts row_facts(const void* x, int64_t k) {
     }
   }
   for (int j = 1; j < 16; j++) top[0] = top[j] > top[0] ? top[j] : top[0];
-  const float largest = as_float(top[0]);
+  return top[0];
+}
+
+// Sum of the squares of x * prescale * inverse.
+template <int DTYPE>
+TSLD_TARGET float squares_of_row(const void* x, int64_t k, float prescale, float inverse) {
   float squares[16] = {};
-  const float inverse = top[0] > 0x20000000u && top[0] < 0x7f800000u ? 1.0f / largest : 0x1p64f;
   for (int64_t i = 0; i < k; i += 16) {
     float v[16];
     load16<DTYPE>(x, i, k - i, v);
     for (int j = 0; j < 16; j++) {
-      const float u = v[j] * inverse;
+      const float u = v[j] * prescale * inverse;
       squares[j] += u * u;
     }
   }
   for (int half = 8; half; half /= 2)
     for (int j = 0; j < half; j++) squares[j] += squares[j + half];
-  return {top[0], squares[0]};
+  return squares[0];
 }
 
 // Limbs of one row, from x scaled by `inverse`, into planes; LIMBS 1, 2 or 3.
@@ -77,7 +79,8 @@ TSLD_TARGET void limbs_of_row(const Weights& w, const Workspace& layout, void* w
           total[l][j] += q[j];
           t[j] = (t[j] - q[j]) >> 8;
         }
-        memcpy(planes[l] + place, q, rest < 16 ? static_cast<size_t>(rest) : 16);
+        if (rest >= 16) memcpy(planes[l] + place, q, 16);
+        else memcpy(planes[l] + place, q, static_cast<size_t>(rest));
       }
     }
     for (int l = 0; l < LIMBS; l++) {
@@ -107,19 +110,19 @@ TSLD_TARGET void quantize_rows(const Weights& w, int level, int activations, con
   const Workspace layout(w, level, activations, tokens);
   for (int64_t t = t0; t < t1; t++) {
     const void* row = static_cast<const char*>(x) + t * ldx * (DTYPE == TSLD_CPU_F32 ? 4 : 2);
-    const RowFacts facts = row_facts<DTYPE>(row, w.k);
-    const bool finite = facts.top < 0x7f800000u;
+    const uint32_t top = largest_bits<DTYPE>(row, w.k);
+    const bool finite = top < 0x7f800000u;
     Token& token = layout.tokens(ws)[t];
     if (layout.floats) {
       token = {finite ? 1.0f : as_float(0x7fc00000u), 1.0f, 1, 0};
       floats_of_row<DTYPE>(w, layout, ws, row, t);
       continue;
     }
-    const float largest = as_float(facts.top);
+    const float largest = as_float(top);
     const bool tiny = largest < 0x1p-60f;  // then 1 / largest or the scale would leave float's range
     const float prescale = finite ? (tiny ? 0x1p64f : 1.0f) : 0.0f, reach = largest * prescale;
-    const bool wide = layout.limbs == 3 && facts.top > 0x20000000u &&
-                      static_cast<float>(w.k) > 81.0f * facts.squares;  // largest > 9 * root mean square
+    const bool wide = layout.limbs == 3 && finite && reach > 0 &&  // largest > 6 * root mean square
+                      static_cast<float>(w.k) > 36.0f * squares_of_row<DTYPE>(row, w.k, prescale, 1.0f / reach);
     const float range = layout.limbs == 1 ? 127.0f : wide ? 4128768.0f : 32512.0f;
     const float inverse = finite && reach > 0 ? range / reach : 0.0f;
     token = {finite ? reach / range : as_float(0x7fc00000u), tiny ? 0x1p-64f : 1.0f,
