@@ -33,3 +33,7 @@ class CheckpointError(TsldError):
 
 class BackendError(TsldError):
     """A backend that is unknown or cannot run here."""
+
+
+class AnalysisError(TsldError):
+    """Models or run folders that cannot be analysed."""

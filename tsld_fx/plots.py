@@ -28,19 +28,20 @@ def plot_comparison(runs: Mapping[str, Metrics], file: str | Path, levels: Mappi
 
 def plot_bars(values: Mapping[str, float], file: str | Path, label: str) -> Path:
     """One bar per name."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     bars = axes.bar(list(values), list(values.values()), color=["#4c72b0", "#c44e52", "#55a868", "#8172b3"])
     axes.bar_label(bars, fmt="%.2f")
     axes.set_ylabel(label)
-    return _save(plt, figure, Path(file))
+    return save_figure(plt, figure, Path(file))
 
 
 def _perplexities(metrics: Metrics) -> list[tuple[float, float]]:
     return [(m["epoch"], m["eval_perplexity"]) for m in metrics if "eval_perplexity" in m]
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib without a window."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -59,7 +60,7 @@ def _lines(
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 30 else None, markersize=3)
@@ -69,10 +70,11 @@ def _lines(
     axes.set_ylabel(y_label)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    return _save(plt, figure, file)
+    return save_figure(plt, figure, file)
 
 
-def _save(plt: Any, figure: Any, file: Path) -> Path:
+def save_figure(plt: Any, figure: Any, file: Path) -> Path:
+    """Write a figure as PNG, whole or not at all, and forget it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}")
     figure.savefig(temporary, dpi=120, format="png")
