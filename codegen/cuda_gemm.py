@@ -188,7 +188,7 @@ class LowBitGemm:
             return y.copy_(bias) if bias is not None else y.zero_()
         if m >= 2**31:
             raise BackendError(f"x has {m} rows; one call takes fewer than 2^31. Split the batch.")
-        rows = _aligned_rows(x.reshape(m, k))
+        rows = aligned_rows(x.reshape(m, k))
         with torch.cuda.device(self.device):
             scale = None
             if quantise is not None:
@@ -243,7 +243,7 @@ class LowBitGemm:
         kernel.launch(grid, shared, arguments, stream, overlap=self._overlap and overlap is not False)
 
 
-def _aligned_rows(x: Tensor) -> Tensor:
+def aligned_rows(x: Tensor) -> Tensor:
     """[m, k] with unit inner stride and 16-byte aligned rows: x itself if it is so, else a copy."""
     m, k = x.shape
     inner = x.stride(1) == 1 or k == 1

@@ -27,7 +27,7 @@ from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.cuda_gemm import GemmParams, build_kernel
 from tsld_fx.codegen.render import environment, kernel_name
 from tsld_fx.codegen.select_config import Plan, choose
-from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.codegen.spec import CHUNK, TILE_ROWS, KernelSpec
 from tsld_fx.cuda_templates import TEMPLATE_DIR
 from tsld_fx.errors import BackendError
 
@@ -104,9 +104,22 @@ def plan_ranges(spec: KernelSpec, n: int, k: int, max_tokens: int | None = None)
     return [*ranges, (last, current)]
 
 
-def _images(
+def shared_bytes(kernels: Sequence[LinearKernel], targets: Sequence[str], max_tokens: int | None = None) -> list[int]:
+    """Most dynamic shared memory that a launch takes, bytes, for each target."""
+    most = [0] * len(targets)
+    for kernel, index, ranges in _tables(kernels, targets, max_tokens):
+        spec = replace(kernel.spec, target=targets[index])
+        chip = MULTIPROCESSORS[max(c for c in MULTIPROCESSORS if c <= spec.capability)]
+        tiles, chunks = -(-kernel.n // TILE_ROWS), -(-kernel.k // CHUNK)
+        for m, plan in ranges:
+            most[index] = max(most[index], plan.shared_bytes(spec, m, tiles, chunks, chip))
+    return most
+
+
+def _tables(
     kernels: Sequence[LinearKernel], targets: Sequence[str], max_tokens: int | None
 ) -> Iterator[tuple[LinearKernel, int, list[tuple[int, Plan]]]]:
+    """(function, index of the target, its plans) of every function and target."""
     for kernel in kernels:
         for index, target in enumerate(targets):
             spec = replace(kernel.spec, target=target)
@@ -136,7 +149,7 @@ def build_library(
     """
     host, flags = _host_compiler()
     find_compiler()
-    plans = list(_images(kernels, targets, max_tokens))
+    plans = list(_tables(kernels, targets, max_tokens))
     wanted: dict[tuple[KernelSpec, GemmConfig], None] = {}  # in order, without a target
     needed: dict[tuple[KernelSpec, GemmConfig, int], None] = {}
     for kernel, index, ranges in plans:

@@ -27,6 +27,7 @@ __all__ = [
     "TSLDTrainer",
     "TernaryWeight",
     "TsldError",
+    "build_runtime_module",
     "convert",
     "load",
     "load_prepared",
@@ -37,6 +38,7 @@ __all__ = [
 
 _LAZY = {  # name -> module that is imported on its first use, because it is slow to import or needs an extra
     "TSLDTrainer": "tsld_fx.trainer",
+    "build_runtime_module": "tsld_fx.runtime_module",
 }
 
 

@@ -16,6 +16,7 @@ from tsld_fx.backends import check_backend
 from tsld_fx.errors import BackendError, CheckpointError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, as_lowered
+from tsld_fx.runtime_module import is_runtime_module, load_runtime_module
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _other_shapes(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], tu
 def load(
     path: str | Path, backend: str = "auto", device: str | torch.device | None = None, **kwargs: Any
 ) -> LoweredModel:
-    """Load a converted model: what `lowered.save_pretrained(path)` wrote.
+    """Load a converted model: what `lowered.save_pretrained(path)` or `build_runtime_module` wrote.
 
     Args:
         path: the checkpoint's folder.
@@ -146,6 +147,8 @@ def load(
         BackendError: the backend cannot run here.
     """
     folder = Path(path)
+    if is_runtime_module(folder):
+        return load_runtime_module(folder, backend, device, **kwargs)
     check_backend(backend, device)
     if backend == "cuda" and device is not None and torch.device(device).type != "cuda":
         raise BackendError(f"backend='cuda' cannot run on device={str(device)!r}. Pass device='cuda', or leave it out.")

@@ -295,7 +295,9 @@ class Module {
           driver().library_load(&library, kernel.images[device.target], nullptr, nullptr, 0, nullptr, nullptr, 0),
           "loading a kernel (a driver older than the one that it was built for?)");
       driver().check(driver().library_kernel(&found, library, kernel.name), kernel.name);
-      const int shared = kernel.kind == kStream ? targets_[device.target].max_shared : static_cast<int>(kernel.shared_bytes);
+      int shared = static_cast<int>(kernel.shared_bytes), most = 0;
+      driver().check(driver().device_attribute(&most, 97, index), "reading the shared memory of a block");
+      if (kernel.kind == kStream) shared = std::min(targets_[device.target].max_shared, most);
       driver().check(driver().kernel_set(8, shared, found, index), "setting a kernel's shared memory");
       handle = found;
     }
