@@ -19,6 +19,8 @@ from tsld_fx.prepared import prepare
 from tsld_fx.progress import RichProgress
 from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
 from tsld_fx.settings import TRAINING_DEFAULTS, RunSettings
+from tsld_fx.task_data import holds_tasks
+from tsld_fx.task_score import TaskRun
 from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
 from tsld_fx.trainer import TSLDTrainer, WholeCheckpointTrainer, check_teacher
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 class _Text:
     """The token streams of a run's splits, made on first use."""
+
+    collator = None  # blocks have one length
 
     def __init__(self, settings: RunSettings, tokenizer: Any) -> None:
         self.settings, self.tokenizer, self._streams = settings, tokenizer, dict[str, Tensor]()
@@ -53,6 +57,17 @@ class _Text:
         end = self.tokenizer.eos_token_id if segments else None
         return None if stream is None else TokenBlocks(stream, self.settings.data.block_size, end)
 
+    def score(self, split: str, model: PreTrainedModel, progress: str | None) -> dict[str, float]:
+        """Perplexity in windows of one block that do not overlap."""
+        stream = self.stream(split)
+        if stream is None:
+            return {}
+        return {split: perplexity(model, stream, self.settings.data.block_size, progress=progress).perplexity}
+
+
+def _data(settings: RunSettings, tokenizer: Any) -> _Text | TaskRun:
+    return (TaskRun if holds_tasks(settings.data.train) else _Text)(settings, tokenizer)
+
 
 def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet: bool = False) -> dict[str, Any]:
     """Fine-tune the full-precision model and keep its best validation epoch.
@@ -73,15 +88,16 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     arguments = _arguments(settings, folder, by_epoch=True)
     model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
     check_window(settings.data.block_size, model)
-    text = _Text(settings, tokenizer)
+    text = _data(settings, tokenizer)
     text.check(model)
     folder.begin()
-    before = _evaluate(model, text, settings, quiet)
+    before = _evaluate(model, text, quiet)
     trainer = WholeCheckpointTrainer(
         model=model,
         args=arguments,
         train_dataset=text.blocks("train"),
         eval_dataset=text.blocks("validation"),
+        data_collator=text.collator,
         callbacks=[MetricsFile(folder.metrics), EarlyStoppingCallback(early_stopping_patience=patience)],
     )
     return _run(trainer, model, tokenizer, folder, text, settings, quiet, {"start": before})
@@ -112,14 +128,14 @@ def train(
     teacher = load_float(settings.teacher or settings.model)
     check_teacher(teacher, model)
     check_window(settings.data.block_size, model)
-    text = _Text(settings, tokenizer)
+    text = _data(settings, tokenizer)
     text.check(model)
     student = prepare(model, settings.quant)
     folder.begin()
     device = _device(settings)
     known = {
-        "teacher": _evaluate(teacher.to(device), text, settings, quiet),
-        "ptq": _evaluate(student.to(device), text, settings, quiet),
+        "teacher": _evaluate(teacher.to(device), text, quiet),
+        "ptq": _evaluate(student.to(device), text, quiet),
     }
     trainer = TSLDTrainer(
         model=student,
@@ -128,6 +144,7 @@ def train(
         args=arguments,
         train_dataset=text.blocks("train", settings.distill.separate_documents),
         eval_dataset=text.blocks("validation"),
+        data_collator=text.collator,
         callbacks=[MetricsFile(folder.metrics), *callbacks],
     )
     return _run(trainer, student, tokenizer, folder, text, settings, quiet, known)
@@ -138,7 +155,7 @@ def _run(
     model: PreTrainedModel,
     tokenizer: Any,
     folder: RunFolder,
-    text: _Text,
+    text: _Text | TaskRun,
     settings: RunSettings,
     quiet: bool,
     known: dict[str, Any],
@@ -159,7 +176,7 @@ def _run(
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     result = known | {
-        "student" if "ptq" in known else "model": _evaluate(model, text, settings, quiet),
+        "student" if "ptq" in known else "model": _evaluate(model, text, quiet),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "best_step": trainer.state.best_global_step or trainer.state.global_step,
@@ -169,14 +186,11 @@ def _run(
     return result
 
 
-def _evaluate(model: PreTrainedModel, text: _Text, settings: RunSettings, quiet: bool) -> dict[str, float]:
-    """Perplexity on the validation and test text, in windows of one block that do not overlap."""
-    found = {}
+def _evaluate(model: PreTrainedModel, text: _Text | TaskRun, quiet: bool) -> dict[str, float]:
+    """Perplexity on validation and test, with the accuracy where there are choices."""
+    found: dict[str, float] = {}
     for split in ("validation", "test"):
-        stream = text.stream(split)
-        if stream is not None:
-            label = None if quiet else f"perplexity ({split})"
-            found[split] = perplexity(model, stream, settings.data.block_size, progress=label).perplexity
+        found |= text.score(split, model, None if quiet else f"perplexity ({split})")
     return found
 
 

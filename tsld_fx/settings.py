@@ -37,17 +37,23 @@ _COUNTS = (
 class DataSettings:
     """Text to train and evaluate on; each entry is a text file, `demo` or what `datasets.load_dataset` takes.
 
+    Files that end in .jsonl hold prompts and answers (`tsld_fx.task_data`); a run has them in all splits or in none.
+
     Attributes:
         train, validation, test: sources per split; validation and test may be empty.
-        block_size: tokens per sample, and per window of the evaluation.
+        block_size: tokens per sample, and per window of the evaluation; of task files the longest example.
+        packing: put several examples of a task file into one sample.
     """
 
     train: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     block_size: int = 512
+    packing: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.packing, bool):
+            raise ConfigError(f"data.packing must be true or false, got {self.packing!r}.")
         for name in ("train", "validation", "test"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else value or ()

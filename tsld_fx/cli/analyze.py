@@ -83,6 +83,6 @@ def _show(summary: dict[str, Any], name: str) -> None:
     )
     correlation = summary["rank_correlation"]
     console.print(
-        f"rank correlation of the teacher's confidence with the token scale {correlation['confidence_and_scale']:+.2f}, "
-        f"with the divergence {correlation['confidence_and_divergence']:+.2f}"
+        f"rank correlation of the teacher's confidence with the token scale {correlation['confidence_and_scale']:+.2f}"
+        f", with the divergence {correlation['confidence_and_divergence']:+.2f}"
     )

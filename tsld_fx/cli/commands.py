@@ -118,8 +118,12 @@ def evaluate(
     """Perplexity of a float, prepared or converted model."""
     from tsld_fx import perplexity as scoring
     from tsld_fx.model_folders import check_window, load_any, load_tokenizer
+    from tsld_fx.task_data import holds_tasks
     from tsld_fx.text_data import read_documents, tokenize
 
+    if holds_tasks(text):
+        _evaluate_tasks(model, text, length, batch_size)
+        return
     documents = read_documents(text, split)
     loaded, tokenizer = load_any(model), load_tokenizer(model)
     check_window(length, loaded)
@@ -221,6 +225,24 @@ def compare(
     console.print(f"table.json, plots and the runs are in {out}")
 
 
+def _evaluate_tasks(model: str, files: list[str], length: int, batch_size: int) -> None:
+    """Answers instead of text: one line per file."""
+    from tsld_fx.model_folders import check_window, load_any, load_tokenizer
+    from tsld_fx.task_data import read_examples
+    from tsld_fx.task_score import score_task
+
+    tokenizer = load_tokenizer(model)
+    examples = {file: read_examples(file, tokenizer) for file in files}
+    loaded = load_any(model)
+    check_window(length, loaded)
+    table = Table("task", "examples", "answer perplexity", "accuracy", "chance")
+    for file, found in examples.items():
+        score = score_task(loaded, found, tokenizer, block_size=length, batch_size=batch_size, progress="scoring")
+        shares = ("-" if share is None else f"{share:.1%}" for share in (score.accuracy, score.chance))
+        table.add_row(Path(file).stem, str(score.examples), f"{score.perplexity:.3f}", *shares)
+    console.print(table)
+
+
 # ---------------------------------------------------------------- options to settings, results to tables
 def _training(
     epochs: float | None, steps: int | None, batch_size: int | None, learning_rate: float | None
@@ -263,12 +285,20 @@ def _settings(
     return RunSettings.from_dict(values, str(config) if config else "options")
 
 
+def _column(score: str) -> str:
+    return score.replace("_", " ") if score.endswith("_accuracy") else f"{score} perplexity"
+
+
+def _cell(score: str, value: float) -> str:
+    return f"{value:.1%}" if score.endswith("_accuracy") else f"{value:.2f}"
+
+
 def _show_result(result: dict[str, Any], out: Path) -> None:
     splits = list(next(v for v in result.values() if isinstance(v, dict)))
-    table = Table("model", *(f"{s} perplexity" for s in splits))
+    table = Table("model", *map(_column, splits))
     for name, values in result.items():
         if isinstance(values, dict):
-            table.add_row(name, *(f"{values[s]:.2f}" for s in splits))
+            table.add_row(name, *(_cell(s, values[s]) for s in splits))
     if splits:
         console.print(table)
     console.print(f"{result['steps']} steps in {result['seconds']:.0f} s; the model, metrics and plots are in {out}")
