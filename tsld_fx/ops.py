@@ -45,8 +45,7 @@ def _fake_quant(
 
 @torch.library.register_fake("tsld::fake_quant")
 def _(weight: Tensor, scale: Any, zero: Any, scheme: str, bits: int, group_size: int) -> Tensor:
-    quantizers.check_scheme(scheme, bits)
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return quantizers.fake_quantize(weight, scale, zero, scheme, bits, group_size)  # strides follow the weight's
 
 
 def _fake_quant_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

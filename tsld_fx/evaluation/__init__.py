@@ -1,0 +1,1 @@
+"""Task scores of a model with lm_eval: `tsld-fx evaluate`."""
