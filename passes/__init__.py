@@ -8,15 +8,19 @@
 | FoldTransposedLinear | addmm(b, x, W[in, out]) -> linear(x, W.t(), b) |
 | InsertFakeQuant | linear(x, W) -> linear(x, fake_quant(W)) |
 | InsertDistillationHooks | output(logits) -> output(logits, hidden states, attention scores) |
+| FuseHeadLoss | output(linear(h, W)) -> output(head_loss(h, W, teacher, labels)) |
 | RetargetDevice | arange(device=cpu) -> arange(device=cuda:0) |
 | FreezeScales | fake_quant(W, learned scale) -> fake_quant(W, constant scale) |
 | PackWeights | fake_quant(W, scale) -> dequantize_weight(packed, scale) |
 | LowerLinear | linear(x, dequantize_weight(packed, scale)) -> lowbit_linear(x, packed, scale) |
+| FuseProjections | lowbit_linear(x, Wq), lowbit_linear(x, Wk), ... -> split(lowbit_linear(x, [Wq; Wk; ...])) |
 """
 
 from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
+from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
+from tsld_fx.passes.fuse_projections import FuseProjections
 from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
 from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
 from tsld_fx.passes.insert_fake_quant import InsertFakeQuant
@@ -31,6 +35,8 @@ __all__ = [
     "DropMetadataAsserts",
     "FoldTransposedLinear",
     "FreezeScales",
+    "FuseHeadLoss",
+    "FuseProjections",
     "InlineHigherOrderOps",
     "InsertDistillationHooks",
     "InsertFakeQuant",
