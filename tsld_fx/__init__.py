@@ -29,6 +29,7 @@ __all__ = [
     "TsldError",
     "build_runtime_module",
     "convert",
+    "export_onnx",
     "load",
     "load_prepared",
     "losses",
@@ -38,6 +39,7 @@ __all__ = [
 
 _LAZY = {  # name -> module that is imported on its first use, because it is slow to import or needs an extra
     "TSLDTrainer": "tsld_fx.trainer",
+    "export_onnx": "tsld_fx.onnx.export",
     "build_runtime_module": "tsld_fx.runtime_module",
 }
 

@@ -76,16 +76,16 @@ def capture_cached(lowered: LoweredModel, *, listener: Listener | None = None) -
     batch, past = 3, tokens + 1  # all different, so that export cannot take two of them for the same size
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
     mask = torch.ones(batch, past + tokens, dtype=torch.long, device=device)
-    positions = default_positions(mask, tokens)
-    cache = tuple(
+    positions = default_positions(mask, tokens).clone()  # a view would end up in the guards
+    cache = [
         torch.zeros(batch, heads, past, size, dtype=dtype, device=device) for heads, size in shapes for _ in range(2)
-    )
+    ]
     rows = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    dynamic = (rows, rows, rows, tuple({0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for _ in cache))
+    dynamic = (rows, rows, rows, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for _ in cache])
     step = _Step(model)
     try:
         with _exportable(model, training=False), torch.no_grad():
-            program = torch.export.export(step, (ids, mask, positions, *cache), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(step, (ids, mask, positions, cache), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
     run_passes(program.graph_module, capture_pipeline(), listener)
@@ -112,7 +112,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         result = self.model(
             input_ids=input_ids,

@@ -37,3 +37,7 @@ class BackendError(TsldError):
 
 class AnalysisError(TsldError):
     """Models or run folders that cannot be analysed."""
+
+
+class ExportError(TsldError):
+    """A model or a target that cannot be exported, or an exported file that does not do what the model does."""

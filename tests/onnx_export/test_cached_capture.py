@@ -24,7 +24,7 @@ def test_prompt_in_two_parts_and_one_token_more_equals_the_whole(family: str) ->
         whole = lowered(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
     cache = decoder.empty_cache(3)
     for start, end in ((0, 4), (4, 8), (8, 9)):
-        logits, *cache = step(tokens[:, start:end], mask[:, :end], positions[:, start:end], *cache)
+        logits, *cache = step(tokens[:, start:end], mask[:, :end], positions[:, start:end], cache)
         attended = mask[:, start:end].bool()
         torch.testing.assert_close(logits[attended], whole[:, start:end][attended], rtol=1e-4, atol=1e-5)
     assert [tuple(t.shape) for t in cache] == [(3, decoder.kv_heads, 9, decoder.head_dim)] * (2 * decoder.layers)
@@ -34,7 +34,7 @@ def test_one_sequence_of_one_token() -> None:
     lowered = ternary("llama")[1]
     decoder = capture_cached(lowered)
     token, mask = torch.tensor([[7]]), torch.ones(1, 1, dtype=torch.long)
-    logits, *_ = decoder.program.module(check_guards=False)(token, mask, mask - 1, *decoder.empty_cache(1))
+    logits, *_ = decoder.program.module(check_guards=False)(token, mask, mask - 1, decoder.empty_cache(1))
     with torch.no_grad():
         torch.testing.assert_close(logits, lowered(input_ids=token).logits, rtol=1e-4, atol=1e-5)
 

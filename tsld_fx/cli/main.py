@@ -58,7 +58,7 @@ def _quiet_transformers() -> None:
 def main() -> None:
     """Run the command line; the exit code is 0, 2 for a mistake in the input, 130 for Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tsld_fx.cli import analyze, commands  # noqa: F401  (registers them)
+    from tsld_fx.cli import analyze, commands, export  # noqa: F401  (registers them)
 
     try:
         app()
