@@ -56,7 +56,7 @@ def perplexity(
         raise DataError(f"stride={stride} must be between 1 and the window's length {length}.")
     check_tokens(tokens, model)
     device = next(model.parameters()).device
-    batches = list(_batches(tokens, length, stride or length, batch_size, overlap=stride is not None))
+    batches = list(windows(tokens, length, stride or length, batch_size, overlap=stride is not None))
     total, count = torch.zeros((), dtype=torch.float64), 0
     training = model.training
     model.eval()
@@ -87,7 +87,7 @@ def check_tokens(tokens: Tensor, model: nn.Module) -> None:
         )
 
 
-def _batches(
+def windows(
     tokens: Tensor, length: int, stride: int, batch_size: int, overlap: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (input_ids, labels) of windows of one length; the shorter last window comes alone."""

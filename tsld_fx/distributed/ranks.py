@@ -1,0 +1,155 @@
+"""The processes of one run: who they are, and how a failure of one becomes an error of all that names the cause."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tsld_fx.errors import ConfigError, TrainingError, TsldError
+
+T = TypeVar("T")
+_FAILED = "tsld_fx/failed"
+_WAIT = timedelta(seconds=20)
+
+
+class PeerError(TrainingError):
+    """Another process failed; the message is that process's. It is printed there, so the command line stays quiet."""
+
+
+class Ranks:
+    """One process among those of a run.
+
+    Attributes:
+        rank, world_size: as torch.distributed has them.
+        device: where this process computes.
+        control: a gloo group for Python objects and checkpoints.
+    """
+
+    def __init__(self, device: torch.device, control: Any) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device, self.control = device, control
+        self._store: Any = dist.distributed_c10d._get_default_store()
+
+    @classmethod
+    def start(cls, use_cpu: bool = False) -> Ranks:
+        """Join the processes that torchrun started; without torchrun, be the only one.
+
+        Raises:
+            ConfigError: more processes on this machine than it has GPUs.
+        """
+        cuda = torch.cuda.is_available() and not use_cpu
+        device = torch.device("cpu")
+        if cuda:
+            local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= found:
+                raise ConfigError(
+                    f"process {local} of this machine has no GPU: it has {found}. "
+                    f"Start torchrun with --nproc-per-node {found}, or set training.use_cpu."
+                )
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            if "RANK" in os.environ:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        ranks = cls(device, dist.new_group(backend="gloo"))
+        dist.barrier(ranks.control)
+        return ranks
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do something on every process; when one of them fails, all of them raise its error.
+
+        Raises:
+            TsldError: what failed here; PeerError with the first failure elsewhere.
+        """
+        error: Exception | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        self.share(error)
+        return result
+
+    def share(self, error: Exception | None) -> None:
+        """Raise on every process as soon as one of them brings an error."""
+        messages = self.gather(None if error is None else _text(error))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if not failed:
+            return
+        if error is not None and failed[0] == self.rank:
+            raise error
+        raise PeerError(messages[failed[0]])
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn a failure inside collective work into one error everywhere.
+
+        The process that fails leaves its message in the store and closes its connections, which wakes the others.
+        """
+        try:
+            yield
+        except PeerError:
+            raise
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:
+            cause = self._cause(error)
+            if cause is not None:
+                raise PeerError(cause) from None
+            if isinstance(error, TsldError):
+                raise
+            raise TrainingError(f"process {self.rank}: {type(error).__name__}: {_first_line(error)}") from error
+
+    def _cause(self, error: Exception) -> str | None:
+        """Another process's message when it failed first; otherwise leave our own for the others to find."""
+        if _lost_connection(error):
+            with contextlib.suppress(Exception):
+                self._store.wait([_FAILED], _WAIT)
+                return self._store.get(_FAILED).decode()
+            return "another process stopped without saying why (killed, or out of memory). Look at its own output."
+        with contextlib.suppress(Exception):
+            self._store.set(_FAILED, f"process {self.rank}: {_text(error)}")
+        return None
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        dist.barrier(self.control)
+
+    def stop(self) -> None:
+        """Leave the processes."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, TsldError) else f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because the process at its other end has gone."""
+    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo", "NCCL", "Timed out", "Socket")
+    return isinstance(error, RuntimeError) and any(sign.lower() in str(error).lower() for sign in signs)
