@@ -65,6 +65,8 @@ class DistillConfig:
             over them. In both cases the result is averaged over gradient-accumulation steps and over devices.
         separate_documents: one softmax over tokens per packed document (the batch carries `segment_ids`)
             instead of one per sequence.
+        fused: run the heads of student and teacher and the losses over their logits as one operator where that is
+            possible, so that logits [B, T, V] never exist; the result is the same up to rounding.
     """
 
     method: Literal["gt", "logit", "logit_gt", "l2l", "tsld"] = "tsld"
@@ -72,6 +74,7 @@ class DistillConfig:
     temperature: float = 10.0
     reduction: Literal["sum", "mean"] = "sum"
     separate_documents: bool = False
+    fused: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -7,13 +7,16 @@ TSLD: Kim et al., Token-Scaled Logit Distillation, NeurIPS 2023, arXiv 2308.0674
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsld_fx.errors import DataError, TrainingError
+from tsld_fx.distill import DistillConfig, LossTerm
+from tsld_fx.errors import ConfigError, DataError, TrainingError
+from tsld_fx.layer_losses import attention_distillation, hidden_state_distillation
 
 IGNORE = -100
 
@@ -23,20 +26,43 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+    check_labels(labels, tuple(logits.shape))
+
+
+def check_labels(labels: Tensor, logits_shape: tuple[int, ...]) -> None:
+    """Refuse labels that do not fit logits of [B, T, V].
+
+    Raises:
+        DataError: it gives the shapes, or the label outside the vocabulary.
+    """
+    if len(logits_shape) != 3 or tuple(labels.shape) != logits_shape[:2]:
         raise DataError(
-            f"logits {list(logits.shape)} and labels {list(labels.shape)} do not fit: logits are "
+            f"logits {list(logits_shape)} and labels {list(labels.shape)} do not fit: logits are "
             "[batch, tokens, vocabulary] and labels [batch, tokens], unshifted."
         )
-    if torch.compiler.is_compiling():
-        return
-    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= logits.shape[-1]))
+    if not torch.compiler.is_compiling():
+        _check_vocabulary(labels, logits_shape[-1])
+
+
+def _check_vocabulary(labels: Tensor, vocabulary: int) -> None:
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
         row, token = (int(i) for i in wrong.nonzero()[0])
         raise DataError(
-            f"labels[{row}, {token}] = {int(labels[row, token])} is outside the vocabulary of {logits.shape[-1]} "
+            f"labels[{row}, {token}] = {int(labels[row, token])} is outside the vocabulary of {vocabulary} "
             "tokens. Tokenise with the model's own tokenizer, or mark ignored positions with -100."
         )
+
+
+def check_targets(labels: Tensor, vocabulary: int, terms: Sequence[LossTerm]) -> None:
+    """Refuse labels [B, T] outside the vocabulary, and a batch with no label left where a term is a mean over them.
+
+    Raises:
+        DataError: it says which.
+    """
+    _check_vocabulary(labels, vocabulary)
+    if any(term.kind in ("gt", "logit") for term in terms):
+        _require_targets((labels[:, 1:] != IGNORE).sum())
 
 
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:
@@ -131,17 +157,31 @@ def token_scales(
     """
     with torch.no_grad():
         targets = labels[:, 1:]
-        valid = targets != IGNORE
-        scores = token_cross_entropy(teacher_logits[:, :-1], targets) / temperature
-        scores = scores.masked_fill(~valid, float("-inf"))
-        if segment_ids is None:
-            return _softmax_or_zero(scores)
-        segments = segment_ids[:, 1:]
-        scales = torch.zeros_like(scores)
-        for number in segments.unique():
-            here = segments == number
-            scales = torch.where(here, _softmax_or_zero(scores.masked_fill(~here, float("-inf"))), scales)
-        return scales
+        scores = token_cross_entropy(teacher_logits[:, :-1], targets)
+        segments = None if segment_ids is None else segment_ids[:, 1:]
+        return scales_of_scores(scores, targets != IGNORE, temperature, segments)
+
+
+def scales_of_scores(scores: Tensor, valid: Tensor, temperature: float, segments: Tensor | None = None) -> Tensor:
+    """Softmax of scores / temperature over the valid tokens of each sequence, or of each segment of it; else 0.
+
+    Args:
+        scores: [B, T] the teacher's cross-entropy of each token.
+        valid: [B, T] booleans.
+        segments: [B, T] integers, the document that each token counts for.
+    """
+    scores = (scores / temperature).masked_fill(~valid, float("-inf"))
+    if segments is None:
+        return _softmax_or_zero(scores)
+    lowest = segments.min()
+    rows = torch.arange(len(segments), device=segments.device).unsqueeze(1)
+    keys = rows * (segments.max() - lowest + 1) + segments - lowest
+    document = torch.unique(keys, return_inverse=True)[1].view(-1)
+    flat = scores.reshape(-1)
+    top = torch.full_like(flat, float("-inf")).scatter_reduce(0, document, flat, "amax")
+    grown = torch.exp(flat - top[document]).nan_to_num(nan=0.0)  # -inf - -inf: a document without a valid token
+    total = torch.zeros_like(flat).scatter_add(0, document, grown)
+    return (grown / total[document].clamp_min(torch.finfo(flat.dtype).tiny)).view_as(scores)
 
 
 def _softmax_or_zero(scores: Tensor) -> Tensor:
@@ -180,55 +220,98 @@ def token_scaled_logit_distillation(
     return total if reduction == "sum" else total / labels.shape[0]
 
 
-def hidden_state_distillation(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor | None
-) -> Tensor:
-    """Sum over layers of the mean squared error of hidden states [B, T, H] over the tokens that are attended."""
-    _check_layers("hidden states", student, teacher)
-    total = torch.zeros((), device=student[0].device)
-    for ours, theirs in zip(student, teacher, strict=True):
-        error = (_wide(ours) - _wide(theirs.detach())).square().mean(-1)
-        total = total + _masked_mean(error, attention_mask)
-    return total
+@dataclass(frozen=True)
+class FusedLoss:
+    """What `fused_head_loss` returns.
 
-
-def attention_distillation(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor | None
-) -> Tensor:
-    """Sum over layers of the mean squared error of attention scores [B, heads, T, T] before the softmax.
-
-    Only the causal part between attended tokens counts.
+    Attributes:
+        loss: [] the weighted sum, differentiable.
+        terms: value of each loss before its weight, in the order of the objective's terms, without gradient.
+        token_scores: [B, T - 1] the teacher's cross-entropy of each token (0 where masked) when it was computed here.
     """
-    _check_layers("attention scores", student, teacher)
-    tokens = student[0].shape[-1]
-    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=student[0].device).tril()
-    allowed = allowed.expand(student[0].shape[0], 1, tokens, tokens)
-    if attention_mask is not None:
-        keep = attention_mask.bool()
-        allowed = allowed & keep[:, None, None, :] & keep[:, None, :, None]
-    total = torch.zeros((), device=student[0].device)
-    for ours, theirs in zip(student, teacher, strict=True):
-        error = (_wide(ours) - _wide(theirs.detach())).masked_fill(~allowed, 0.0).square()
-        total = total + error.sum() / (allowed.sum() * ours.shape[1]).clamp_min(1)
-    return total
+
+    loss: Tensor
+    terms: tuple[tuple[str, Tensor], ...]
+    token_scores: Tensor | None
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    keep = mask.bool()
-    return values.masked_fill(~keep, 0.0).sum() / keep.sum().clamp_min(1)
+def fused_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor,
+    distill: DistillConfig | None = None,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    token_scores: Tensor | None = None,
+    chunk_tokens: int = 0,
+) -> FusedLoss:
+    """The objective of `distill` from the inputs of both linear heads: logits [B, T, V] never exist as a whole.
 
+    Equal to the functions above on hidden @ weight.t() + bias, values and gradients (with respect to hidden, weight
+    and bias; summed over chunks in float32 at least). Under autocast the matrix products run in its dtype. Its
+    gradient can be used once: no retain_graph.
 
-def _check_layers(what: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-    if not student or len(student) != len(teacher):
-        raise TrainingError(
-            f"layer-to-layer distillation: the student gives {len(student)} {what}, the teacher {len(teacher)}. "
-            "Both need the same number of layers and the taps of DistillConfig(method='l2l')."
+    Args:
+        hidden: [B, T, H] what the student's head reads.
+        weight, bias: [V, H] and [V], the student's head (a quantised weight is passed as such).
+        teacher_hidden, teacher_weight, teacher_bias: the same of the teacher, [B, T, H'], [V, H'], [V]; None without.
+        labels: [B, T] unshifted, -100 ignored.
+        distill: methods gt, logit, logit_gt, tsld, or a list of such terms (default: tsld).
+        segment_ids: [B, T]; one softmax over tokens per document.
+        token_scores: [B, T - 1] `FusedLoss.token_scores` of an earlier call on this batch: saves a pass over long
+            sequences.
+        chunk_tokens: tokens per chunk, 0 to choose by memory.
+
+    Raises:
+        DataError, TrainingError, ConfigError: labels, a teacher or an objective that do not fit.
+    """
+    from tsld_fx.fused_loss import objective_of
+
+    terms = (distill or DistillConfig()).terms()
+    objective = objective_of(terms)
+    if objective is None:
+        kinds = ", ".join(term.kind for term in terms)
+        raise ConfigError(
+            f"fused_head_loss: the losses ({kinds}) need more than the two heads, or soften by several temperatures. "
+            "Use the functions of tsld_fx.losses on logits."
         )
-    for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-        if ours.shape != theirs.shape:
-            raise TrainingError(
-                f"layer-to-layer distillation: {what} of layer {layer} are {list(ours.shape)} in the student and "
-                f"{list(theirs.shape)} in the teacher. Use a teacher of the student's architecture, or method='tsld'."
-            )
+    check_labels(labels, (*hidden.shape[:2], weight.shape[0]))
+    if not torch.compiler.is_compiling():
+        check_targets(labels, weight.shape[0], terms)
+    if objective.needs_teacher:
+        _check_teacher_head(hidden, weight, teacher_hidden, teacher_weight)
+    results = torch.ops.tsld.head_loss(
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, segment_ids, token_scores,
+        objective.kinds, objective.weights, objective.temperatures, chunk_tokens,
+    )  # fmt: skip
+    values = tuple((term.kind, value) for term, value in zip(terms, results[1].unbind(), strict=True))
+    return FusedLoss(results[0], values, results[2] if results[2].numel() else None)
+
+
+def _check_teacher_head(hidden: Tensor, weight: Tensor, teacher: Tensor | None, teacher_weight: Tensor | None) -> None:
+    if teacher is None or teacher_weight is None:
+        raise TrainingError("fused_head_loss: this objective needs teacher_hidden and teacher_weight.")
+    if teacher.shape[:2] != hidden.shape[:2] or teacher_weight.shape[0] != weight.shape[0]:
+        raise TrainingError(
+            f"fused_head_loss: the student's hidden states and head are {list(hidden.shape)} and {list(weight.shape)}, "
+            f"the teacher's {list(teacher.shape)} and {list(teacher_weight.shape)}. Both need the same batch and "
+            "vocabulary."
+        )
+
+
+__all__ = [
+    "FusedLoss",
+    "attention_distillation",
+    "fused_head_loss",
+    "ground_truth",
+    "hidden_state_distillation",
+    "logit_distillation",
+    "soft_cross_entropy",
+    "token_cross_entropy",
+    "token_scaled_logit_distillation",
+    "token_scales",
+]

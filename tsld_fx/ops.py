@@ -1,8 +1,9 @@
 """The operators that graphs carry: schema, implementation, fake implementation and gradient of each.
 
 They are registered with torch.library when this module is imported, and work under torch.export, torch.compile,
-autocast and autograd. The implementations here are plain torch on any device: the oracle of every backend. On CUDA
-devices tsld::lowbit_linear runs kernels instead, for fp16 and bf16 activations and weights that `cuda_linear` knows.
+autocast and autograd. The implementations here are plain torch on any device: the oracle of every backend. For weights
+that `cpu_linear` or `cuda_linear` knows, tsld::lowbit_linear runs kernels instead: on the CPU for float32, bfloat16 and
+float16 activations, on CUDA devices for float16 and bfloat16.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsld_fx import cuda_linear, packing, quantizers
+from tsld_fx import cpu_linear, cuda_linear, packing, quantizers, weight_cache
 from tsld_fx.errors import BackendError
 
 torch.library.define(
     "tsld::fake_quant",
     "(Tensor weight, Tensor? scale, Tensor? zero, str scheme, int bits, int group_size) -> Tensor",
+)
+torch.library.define(  # fake_quant rounded to another dtype, which autocast asks for
+    "tsld::fake_quant_as",
+    "(Tensor weight, Tensor? scale, Tensor? zero, str scheme, int bits, int group_size, ScalarType dtype) -> Tensor",
 )
 torch.library.define(
     "tsld::learned_clip",
@@ -36,11 +41,23 @@ torch.library.define(
 
 
 # ---------------------------------------------------------------- tsld::fake_quant
-@torch.library.impl("tsld::fake_quant", "default")
 def _fake_quant(
-    weight: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str, bits: int, group_size: int
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    scheme: str,
+    bits: int,
+    group_size: int,
+    dtype: Any = None,
 ) -> Tensor:
-    return quantizers.fake_quantize(weight, scale, zero, scheme, bits, group_size)
+    how = (scheme, bits, group_size, dtype or weight.dtype)
+    return weight_cache.quantised(
+        (weight, scale, zero), how, lambda: quantizers.fake_quantize(weight, scale, zero, *how)
+    )
+
+
+for _name in ("tsld::fake_quant", "tsld::fake_quant_as"):
+    torch.library.impl(_name, "default", _fake_quant)
 
 
 @torch.library.register_fake("tsld::fake_quant")
@@ -48,22 +65,47 @@ def _(weight: Tensor, scale: Any, zero: Any, scheme: str, bits: int, group_size:
     return quantizers.fake_quantize(weight, scale, zero, scheme, bits, group_size)  # strides follow the weight's
 
 
+@torch.library.register_fake("tsld::fake_quant_as")
+def _(weight: Tensor, scale: Any, zero: Any, scheme: str, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    return quantizers.fake_quantize(weight, scale, zero, scheme, bits, group_size, dtype)
+
+
 def _fake_quant_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    weight, scale, zero, ctx.scheme, ctx.bits, ctx.group_size = inputs
+    weight, scale, zero, ctx.scheme, ctx.bits, ctx.group_size, *rest = inputs
+    ctx.extra, ctx.dtype = len(rest), weight.dtype
     ctx.learned = scale is not None and ctx.scheme in quantizers.LEARNED
     if ctx.learned:
         ctx.save_for_backward(weight, scale, zero)
 
 
 def _fake_quant_backward(ctx: Any, grad: Tensor) -> tuple:
+    none = (None,) * (4 + ctx.extra)
     if not ctx.learned:
-        return grad, None, None, None, None, None
+        return grad.to(ctx.dtype), None, *none
     weight, scale, zero = ctx.saved_tensors
     grads = quantizers.straight_through(grad, weight, scale, zero, ctx.scheme, ctx.bits, ctx.group_size)
-    return *grads, None, None, None, None
+    return *grads, *none
 
 
-torch.library.register_autograd("tsld::fake_quant", _fake_quant_backward, setup_context=_fake_quant_context)
+for _name in ("tsld::fake_quant", "tsld::fake_quant_as"):
+    torch.library.register_autograd(_name, _fake_quant_backward, setup_context=_fake_quant_context)
+
+
+def _register_autocast(device: str) -> None:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+    def in_low_precision(weight: Tensor, *args: Any) -> Tensor:
+        """Under autocast the linear reads its weight in autocast's dtype: quantise and round in one pass."""
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            if weight.dtype != torch.float32:
+                return torch.ops.tsld.fake_quant(weight, *args)
+            return torch.ops.tsld.fake_quant_as(weight, *args, torch.get_autocast_dtype(device))
+
+    torch.library.impl("tsld::fake_quant", f"Autocast{device.upper()}", in_low_precision)
+
+
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)
 
 
 # ---------------------------------------------------------------- tsld::learned_clip
@@ -134,6 +176,25 @@ def _lowbit_linear(
 
 
 torch.library.impl("tsld::lowbit_linear", "default", _lowbit_linear)
+
+
+@torch.library.impl("tsld::lowbit_linear", "cpu")
+def _lowbit_linear_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Kernels for the activations of registered weights; float64 keeps its accuracy."""
+    if x.dtype in cpu_linear.KERNEL_DTYPES:
+        kernels = cpu_linear.find(packed, scales, zeros, bits, group_size, in_features)
+        if kernels is not None:
+            return kernels(x, bias)
+    return _lowbit_linear(x, packed, scales, zeros, bias, bits, group_size, in_features)
 
 
 @torch.library.impl("tsld::lowbit_linear", "cuda")

@@ -19,6 +19,10 @@ from tsld_fx.capture import attach, capture, check_decoder, max_positions, takes
 from tsld_fx.config import QuantConfig
 from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import CheckpointError, ConfigError, DataError
+from tsld_fx.fused_loss import HeadLoss
+from tsld_fx.fused_loss_chunks import Objective
+from tsld_fx.layered import LayeredView
+from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
 from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
 from tsld_fx.passes.pipelines import prepare_pipeline
 from tsld_fx.passes.retarget_device import RetargetDevice
@@ -37,6 +41,9 @@ _HARMLESS = {
 }
 
 
+Key = tuple[bool, str]  # with positions; the objective whose losses are in the graph, "" for logits
+
+
 @dataclass
 class PreparedOutput(ModelOutput):
     """What a prepared model returns.
@@ -45,12 +52,16 @@ class PreparedOutput(ModelOutput):
         loss: cross-entropy with the next token when labels are given.
         logits: [B, T, V].
         hidden_states, attention_scores: one tensor per layer where the taps are on, else None.
+        loss_terms, token_scores: with `head_loss`: value of each loss [terms], and the teacher's cross-entropy of each
+            token [B, T - 1] when it was computed here.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attention_scores: tuple[Tensor, ...] | None = None
+    loss_terms: Tensor | None = None
+    token_scores: Tensor | None = None
 
 
 @dataclass
@@ -61,7 +72,13 @@ class _State:
     taps: tuple[str, ...]
     device: torch.device
     listener: Listener | None = None
-    graphs: dict[bool, fx.GraphModule] = field(default_factory=dict)  # with positions -> graph
+    graphs: dict[Key, fx.GraphModule] = field(default_factory=dict)
+    layered: bool = False  # run by layers, not as the flat graph
+    recompute: bool = False  # layers are computed again in the backward pass
+    views: dict[Key, LayeredView] = field(default_factory=dict)  # the same graphs by layers
+
+    def graph_modules(self) -> list[fx.GraphModule]:
+        return [*self.graphs.values(), *(part for view in self.views.values() for part in view.graph_modules())]
 
 
 class PreparedModel(PreTrainedModel):
@@ -86,6 +103,7 @@ class PreparedModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        head_loss: HeadLoss | None = None,
         **kwargs: Any,
     ) -> PreparedOutput:
         """Run the graph.
@@ -95,6 +113,7 @@ class PreparedModel(PreTrainedModel):
             attention_mask: [B, T], 1 for tokens and 0 for padding; None for no padding.
             position_ids: [B, T]; None lets the model count them as it does by itself.
             labels: [B, T] unshifted, -100 ignored; adds the loss.
+            head_loss: run head and losses as one operator instead: the result has `loss` and no logits.
 
         Raises:
             DataError: inputs that do not fit the model.
@@ -108,7 +127,14 @@ class PreparedModel(PreTrainedModel):
         if with_positions and position_ids is not None:
             arguments.append(position_ids.expand_as(input_ids))
         self._follow_device(input_ids.device)
-        values = self._graph(with_positions)(*arguments)
+        objective = None if head_loss is None else head_loss.objective
+        run = self.layer_view(with_positions, objective).root if self._tsld.layered else None
+        run = run or self._graph(with_positions, objective)
+        if head_loss is not None:
+            values = run(*arguments, **head_loss.tensors())
+            taps = {tap: _tapped(values, tap) for tap in ("hidden_states", "attention_scores")}
+            return PreparedOutput(**{k: values[k] for k in ("loss", "loss_terms", "token_scores")}, **taps)
+        values = run(*arguments)
         loss = None if labels is None else losses.ground_truth(values["logits"], labels)
         return PreparedOutput(
             loss=loss,
@@ -120,7 +146,7 @@ class PreparedModel(PreTrainedModel):
     def train(self, mode: bool = True) -> PreparedModel:
         """Switch dropout in the modules and in the graphs."""
         super().train(mode)
-        for graph_module in self._tsld.graphs.values():
+        for graph_module in self._tsld.graph_modules():
             run_passes(graph_module, [SetDropout(mode)])
         return self
 
@@ -132,6 +158,8 @@ class PreparedModel(PreTrainedModel):
     def set_taps(self, taps: tuple[str, ...]) -> None:
         """Turn the outputs for layer-to-layer distillation on or off."""
         self._tsld.taps = taps
+        self._tsld.views.clear()
+        self._tsld.graphs = {key: graph for key, graph in self._tsld.graphs.items() if not key[1]}
         for graph_module in self._tsld.graphs.values():
             run_passes(graph_module, [InsertDistillationHooks(taps)])
 
@@ -139,21 +167,86 @@ class PreparedModel(PreTrainedModel):
         """Names and parameters of the learned scales and clips."""
         return [(n, p) for n, p in self.named_parameters() if n.rpartition(".")[2] in LEARNED_LEAVES]
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the flat graph has no layers to recompute."""
-        raise ConfigError(
-            "prepared models run as one flat graph, which cannot recompute single layers yet. "
-            "Set gradient_checkpointing=False and lower the batch size (raise gradient_accumulation_steps) instead."
-        )
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Keep only what enters each layer, and compute the layer again in the backward pass.
 
-    def _graph(self, with_positions: bool) -> fx.GraphModule:
+        The model then runs by layers; values and gradients are the same bits as without.
+
+        Raises:
+            ConfigError: options of transformers that this model does not have (reentrant checkpoints, offloading,
+                every n-th layer).
+        """
+        options = {**(gradient_checkpointing_kwargs or {}), **kwargs}
+        for name, harmless in (("use_reentrant", (None, False)), ("every_n_layers", (1,)), ("offload", (False, None))):
+            if options.pop(name, harmless[0]) not in harmless:
+                raise ConfigError(
+                    f"gradient checkpointing of a prepared model has no {name}: every layer is recomputed, without "
+                    f"reentrant autograd. Leave {name} out of gradient_checkpointing_kwargs."
+                )
+        if options:
+            raise ConfigError(
+                f"gradient_checkpointing_kwargs: {next(iter(options))!r} is not an option of a prepared model. "
+                "Leave it out."
+            )
+        self._set_recompute(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep every activation again, and run the flat graph."""
+        self._set_recompute(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return self._tsld.recompute
+
+    def forget_views(self) -> None:
+        """Drop the views by layers, and run the flat graph (or a fresh view, when layers are recomputed)."""
+        self._tsld.views.clear()
+        self._tsld.layered = self._tsld.recompute
+
+    def _set_recompute(self, mode: bool) -> None:
+        self._tsld.layered = self._tsld.recompute = mode
+        for view in self._tsld.views.values():
+            view.recompute(mode)
+
+    def layer_view(self, with_positions: bool = False, objective: Objective | None = None) -> LayeredView:
+        """The graph cut into layers, which gradient checkpointing, FSDP and pipelines run.
+
+        Raises:
+            PassError: the graph cannot be cut into layers.
+        """
+        state, key = self._tsld, (with_positions, "" if objective is None else objective.key)
+        if key not in state.views:
+            state.views[key] = view = LayeredView(self._graph(with_positions, objective), self)
+            view.recompute(state.recompute)
+        return state.views[key]
+
+    def fuse_head_loss(self, objective: Objective) -> bool:
+        """Make the graph whose head and losses are one operator (see `FuseHeadLoss`), for `head_loss` in forward.
+
+        Returns:
+            Whether that is possible: False where the logits are not the plain result of a linear head.
+        """
+        return "loss" in self._graph(False, objective).graph.output_node().args[0]
+
+    def _graph(self, with_positions: bool, objective: Objective | None = None) -> fx.GraphModule:
+        key = (with_positions, "" if objective is None else objective.key)
+        if key not in self._tsld.graphs:
+            self._tsld.graphs[key] = self._new_graph(with_positions, objective)
+        return self._tsld.graphs[key]
+
+    def _new_graph(self, with_positions: bool, objective: Objective | None) -> fx.GraphModule:
         state = self._tsld
-        if with_positions not in state.graphs:
-            graph_module = capture(self._captured(), with_positions=with_positions, listener=state.listener)
-            passes = prepare_pipeline(state.config or QuantConfig(weight=None), state.taps, _output_name(self))
-            graph_module = run_passes(graph_module, passes, state.listener)
-            state.graphs[with_positions] = run_passes(graph_module, [SetDropout(self.training)])
-        return state.graphs[with_positions]
+        if objective is not None:
+            base = self._graph(with_positions)
+            twin = attach(copy.deepcopy(base.graph), self, base)
+            return run_passes(twin, [FuseHeadLoss(objective.kinds, objective.weights, objective.temperatures)])
+        graph_module = capture(self._captured(), with_positions=with_positions, listener=state.listener)
+        passes = prepare_pipeline(state.config or QuantConfig(weight=None), state.taps, _output_name(self))
+        graph_module = run_passes(graph_module, passes, state.listener)
+        return run_passes(graph_module, [SetDropout(self.training)])
 
     def _captured(self) -> PreTrainedModel:
         """The same modules under the model's original class, whose forward torch.export can trace."""
@@ -161,7 +254,7 @@ class PreparedModel(PreTrainedModel):
 
     def _follow_device(self, device: torch.device) -> None:
         if device != self._tsld.device:
-            for graph_module in self._tsld.graphs.values():
+            for graph_module in self._tsld.graph_modules():
                 run_passes(graph_module, [RetargetDevice(device)])
                 for name, buffer in graph_module.named_buffers(recurse=False):
                     graph_module.register_buffer(name, buffer.to(device), persistent=False)
@@ -173,7 +266,9 @@ class PreparedModel(PreTrainedModel):
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_tsld"})
         state = self._tsld
         graphs = {key: attach(copy.deepcopy(g.graph), twin, g) for key, g in state.graphs.items()}
-        twin.__dict__["_tsld"] = _State(state.config, state.taps, state.device, None, graphs)
+        twin.__dict__["_tsld"] = _State(
+            state.config, state.taps, state.device, None, graphs, state.layered, state.recompute
+        )
         return twin
 
 

@@ -6,7 +6,9 @@ float32 (float64 for a float64 weight). `levels` are code - zero as floats, so a
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -85,8 +87,27 @@ def highest_level(bits: int) -> int:
     return 1 if bits == 2 else 2 ** (bits - 1) - 1
 
 
+def on_triton(weight: Tensor, group_size: int = 0) -> bool:
+    """Whether the Triton kernels quantise this weight: a real CUDA tensor whose lines fit into a program."""
+    if not weight.is_cuda or type(weight) not in (Tensor, torch.nn.Parameter) or not _has_triton():
+        return False
+    from tsld_fx import fake_quant_triton
+
+    return fake_quant_triton.fits(weight, group_size)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _twn_levels(lines: Tensor) -> tuple[Tensor, Tensor]:
     """TWN: threshold 0.7 * mean|w|, scale = mean of |w| above it; both from the same comparison."""
+    if on_triton(lines):
+        from tsld_fx.fake_quant_triton import fake_quantize
+
+        quantised, scale, _ = fake_quantize(lines, None, None, "twn", 2, 0)
+        return quantised.sign_(), scale.unsqueeze(1)
     work = lines.abs()
     threshold = work.mean(1, keepdim=True).mul_(TWN_THRESHOLD)
     levels = torch.gt(lines, threshold, out=torch.empty_like(lines))
@@ -109,6 +130,11 @@ def dynamic_scale(lines: Tensor, scheme: str, bits: int) -> tuple[Tensor, Tensor
     """Scale [lines, 1] and zero point [lines, 1] or None that a scheme without learned values finds in the weights."""
     if scheme == "twn":
         return _twn_levels(lines)[1], None
+    if (scheme == "absmean" or bits != 2) and on_triton(lines):
+        from tsld_fx.fake_quant_triton import fake_quantize
+
+        _, scale, zero = fake_quantize(lines, None, None, scheme, bits, 0)
+        return scale.unsqueeze(1), None if zero is None else zero.unsqueeze(1).float()
     if scheme == "absmean":
         return lines.abs().mean(1, keepdim=True), None
     if scheme == "absmax":
@@ -172,12 +198,27 @@ def levels_and_scale(
 
 
 def fake_quantize(
-    weight: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str, bits: int, group_size: int
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    scheme: str,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The float weight that the packed codes stand for: (code - zero) * scale, in the weight's dtype and shape."""
+    """The float weight that the packed codes stand for: (code - zero) * scale, in the weight's shape.
+
+    Args:
+        dtype: of the result, the weight's own when None; the value is rounded to it once.
+    """
     check_scheme(scheme, bits)
+    scale_shape(weight.shape[0], weight.shape[1], group_size)
+    if on_triton(weight, group_size) and (scheme == "twn" or scale is not None or scheme not in LEARNED):
+        from tsld_fx.fake_quant_triton import fake_quantize as kernel
+
+        return kernel(weight, scale, zero, scheme, bits, group_size, dtype)[0]
     levels, found, _ = levels_and_scale(as_lines(weight, group_size), scale, zero, scheme, bits)
-    return levels.mul_(found).reshape(weight.shape).to(weight.dtype)
+    return levels.mul_(found).reshape(weight.shape).to(dtype or weight.dtype)
 
 
 def quantize(
@@ -213,6 +254,10 @@ def straight_through(
     """
     if scale is None or scheme not in LEARNED:
         return grad, None
+    if on_triton(weight, group_size):
+        from tsld_fx.fake_quant_triton import straight_through as kernel
+
+        return kernel(grad, weight, scale, zero, scheme, bits, group_size)
     lines = as_lines(weight, group_size)
     grads = as_lines(grad, group_size).to(lines.dtype)
     found = _nonzero(scale.to(lines.dtype).reshape(-1, 1))

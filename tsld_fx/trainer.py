@@ -2,92 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel
 
 from tsld_fx import losses
 from tsld_fx.distill import DistillConfig, LossTerm
-from tsld_fx.errors import CheckpointError, ConfigError, DataError, TrainingError
+from tsld_fx.errors import ConfigError, DataError, TrainingError
+from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss, objective_of
+from tsld_fx.fused_loss_chunks import Objective
+from tsld_fx.headless import HeadlessModel, without_head
 from tsld_fx.prepared import PreparedModel, PreparedOutput, graph_model
-from tsld_fx.quantizers import all_finite
-from tsld_fx.runs import last_whole_checkpoint, mark_whole, unmark_whole
+from tsld_fx.whole_trainer import WholeCheckpointTrainer
 
+logger = logging.getLogger(__name__)
 _FEED = ("input_ids", "attention_mask", "position_ids")
-
-
-class WholeCheckpointTrainer(Trainer):
-    """A Trainer whose checkpoints are whole or ignored, and that stops at the first NaN or Inf."""
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trainer.train; with `resume_from_checkpoint=True` it takes the last checkpoint that was written whole."""
-        if resume_from_checkpoint is True:
-            found = last_whole_checkpoint(self.args.output_dir)
-            if found is None:
-                raise CheckpointError(
-                    f"{self.args.output_dir}: no whole checkpoint to resume from. Start without resume_from_checkpoint."
-                )
-            resume_from_checkpoint = str(found)
-        if resume_from_checkpoint and (state := self._finished_state(Path(resume_from_checkpoint))) is not None:
-            best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-            self.state = state
-            self._load_from_checkpoint(best or str(resume_from_checkpoint))
-            return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _finished_state(self, checkpoint: Path) -> TrainerState | None:
-        """The state in a checkpoint that this training ended with, None if there are steps left.
-
-        Trainer itself would train one step more: it looks whether to stop after each step.
-        """
-        file = checkpoint / "trainer_state.json"
-        if not file.is_file():
-            return None
-        state = TrainerState.load_from_json(str(file))
-        control = state.stateful_callbacks.get("TrainerControl", {})
-        steps, epochs = self.args.max_steps, self.args.num_train_epochs
-        same = state.max_steps == steps if steps > 0 else state.num_train_epochs == math.ceil(epochs)
-        return state if same and control.get("args", {}).get("should_training_stop") else None
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if not all_finite(parameter):
-                raise TrainingError(self._not_finite(f"'{name}' holds NaN or Inf"))
-        if self.args.should_save:
-            unmark_whole(self.args.output_dir, self.state.global_step)
-        super()._save_checkpoint(*args, **kwargs)
-        if self.args.should_save:
-            mark_whole(self.args.output_dir, self.state.global_step)
-
-    def _not_finite(self, what: str) -> str:
-        found = last_whole_checkpoint(self.args.output_dir)
-        kept = f"the last good checkpoint is {found}" if found else "no checkpoint was written before it"
-        return (
-            f"training stopped at step {self.state.global_step}: {what}; {kept}. "
-            "Lower the learning rate, set max_grad_norm, or use bf16 instead of fp16; then resume."
-        )
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the perplexity beside every evaluation loss."""
-        super().log(logs | _perplexities(logs), *args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's evaluation with `<prefix>_perplexity` added."""
-        metrics = super().evaluate(*args, **kwargs)
-        return metrics | _perplexities(metrics)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One step; a loss that is NaN or Inf ends the training before it reaches the weights."""
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            raise TrainingError(self._not_finite(f"the loss is {float(loss)}"))
-        return loss
 
 
 class TSLDTrainer(WholeCheckpointTrainer):
@@ -142,10 +75,29 @@ class TSLDTrainer(WholeCheckpointTrainer):
         model.set_taps(self.distill.taps)
         self.teacher = self._ready_teacher(teacher) if teacher is not None and self.distill.needs_teacher else None
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._loss_only = False
+        self._head: HeadlessModel | None = None
+        self._objective = self._fused_objective(model)
 
     def _ready_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         teacher = teacher.eval().to(self.args.device)  # no_grad keeps it from training
         return graph_model(teacher, None, self.distill.taps).eval() if self.distill.taps else teacher
+
+    def _fused_objective(self, model: PreparedModel) -> Objective | None:
+        """The objective in the form of tsld::head_loss; None where head and losses cannot be one operator."""
+        objective = objective_of(self.distill.terms()) if self.distill.fused else None
+        if objective is None:
+            return None
+        if not model.fuse_head_loss(objective) or not model.fuse_head_loss(GROUND_TRUTH):
+            return None
+        if self.teacher is not None:
+            self._head = without_head(self.teacher)
+            if self._head is None:
+                logger.info(
+                    "the teacher's logits are not the plain result of a linear head: losses run on whole logits"
+                )
+                return None
+        return objective
 
     # ------------------------------------------------------------ the loss
     def compute_loss(
@@ -156,6 +108,18 @@ class TSLDTrainer(WholeCheckpointTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective in training, the ground-truth cross-entropy in evaluation."""
+        feed, labels, segment_ids = self._batch(inputs)
+        if self._objective is not None and (self._loss_only or not return_outputs):
+            loss = self._fused_loss(model, feed, labels, segment_ids)
+            return (loss, {}) if return_outputs else loss
+        outputs: PreparedOutput = model(**feed)
+        loss = self._plain_loss(outputs, feed, labels, segment_ids) if model.training else None
+        if loss is None:
+            loss = losses.ground_truth(outputs.logits, labels)
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def _batch(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """What the models read, the labels without padding, and the documents if they are told apart."""
         labels = inputs.get("labels")
         if labels is None:
             raise DataError(
@@ -166,13 +130,54 @@ class TSLDTrainer(WholeCheckpointTrainer):
             padding = feed["attention_mask"] == 0
             after = torch.nn.functional.pad(padding[:, :-1], (1, 0))
             labels = labels.masked_fill(padding | after, losses.IGNORE)
-        outputs: PreparedOutput = model(**feed)
-        loss = self._objective(outputs, feed, labels, inputs.get("segment_ids")) if model.training else None
-        if loss is None:
-            loss = losses.ground_truth(outputs.logits, labels)
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+        segment_ids = inputs.get("segment_ids") if self.distill.separate_documents else None
+        if self.distill.separate_documents and segment_ids is None and _has_tsld(self.distill):
+            raise DataError(
+                "DistillConfig(separate_documents=True) needs `segment_ids` [B, T] in every batch. "
+                "Add the column to the data set, or set separate_documents=False."
+            )
+        return feed, labels, segment_ids
 
-    def _objective(
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without logits where nothing asks for them."""
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._loss_only = False
+
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        self._check_labels(self._batch(self._prepare_inputs(inputs))[1], self.distill.terms())
+
+    def _check_labels(self, labels: Tensor, terms: tuple[LossTerm, ...]) -> None:
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        losses.check_targets(labels, head.weight.shape[0], terms)
+
+    def _fused_loss(
+        self, model: nn.Module, feed: dict[str, Tensor], labels: Tensor, segment_ids: Tensor | None
+    ) -> Tensor:
+        objective = self._objective if model.training else GROUND_TRUTH
+        assert objective is not None
+        if not model.training or not labels.is_cuda:  # in training on a GPU a loss of NaN tells, without a wait
+            self._check_labels(labels, self.distill.terms() if model.training else (LossTerm("gt"),))
+        guide: dict[str, Tensor | None] = {}
+        if self._head is not None and objective.needs_teacher:
+            with torch.no_grad():
+                hidden = self._head.body(**feed, use_cache=False).logits
+            guide = {
+                "teacher_hidden": hidden,
+                "teacher_weight": self._head.weight,
+                "teacher_bias": self._head.bias,
+                "segment_ids": segment_ids,
+            }
+        outputs: PreparedOutput = model(**feed, head_loss=HeadLoss(objective, labels, **guide))
+        assert outputs.loss is not None and outputs.loss_terms is not None
+        if model.training:
+            for term, value in zip(self.distill.terms(), outputs.loss_terms.detach().unbind(), strict=True):
+                self._parts[f"loss_{term.kind}"].append(value)
+        return outputs.loss
+
+    def _plain_loss(
         self, student: PreparedOutput, feed: dict[str, Tensor], labels: Tensor, segment_ids: Tensor | None
     ) -> Tensor:
         teacher = None
@@ -201,14 +206,8 @@ class TSLDTrainer(WholeCheckpointTrainer):
         if term.kind == "logit":
             return losses.logit_distillation(student.logits, teacher.logits, labels, term.temperature or 1.0)
         if term.kind == "tsld":
-            if self.distill.separate_documents and segment_ids is None:
-                raise DataError(
-                    "DistillConfig(separate_documents=True) needs `segment_ids` [B, T] in every batch. "
-                    "Add the column to the data set, or set separate_documents=False."
-                )
             return losses.token_scaled_logit_distillation(
-                student.logits, teacher.logits, labels, term.temperature or 10.0, term.reduction,
-                segment_ids if self.distill.separate_documents else None,
+                student.logits, teacher.logits, labels, term.temperature or 10.0, term.reduction, segment_ids
             )  # fmt: skip
         if term.kind == "hidden":
             return losses.hidden_state_distillation(student.hidden_states or (), teacher.hidden_states or (), mask)
@@ -269,6 +268,8 @@ def check_teacher(teacher: object, student: PreTrainedModel) -> None:
         )
 
 
-def _perplexities(logs: dict[str, float]) -> dict[str, float]:
-    pairs = ((k, v) for k, v in logs.items() if k.startswith("eval") and k.endswith("_loss"))
-    return {f"{k.removesuffix('_loss')}_perplexity": math.exp(min(v, 700.0)) for k, v in pairs}
+def _has_tsld(distill: DistillConfig) -> bool:
+    return any(term.kind == "tsld" for term in distill.terms())
+
+
+__all__ = ["TSLDTrainer", "WholeCheckpointTrainer", "check_teacher"]

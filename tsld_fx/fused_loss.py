@@ -1,0 +1,176 @@
+"""tsld::head_loss: the linear head of student and teacher and the losses over their logits, as one operator.
+
+The logits [B * T, V] never exist: the operator goes through chunks of tokens, and each chunk's logits turn into their
+own gradient in place. Chunks hold whole sequences where memory allows. A longer sequence takes a first pass with the
+teacher alone, because TSLD's softmax over tokens needs the teacher's cross-entropy of all of them; given
+`token_scores` save that pass. Gradients are made in the forward pass and only scaled in the backward one, so the
+objective's gradient with respect to hidden states, head weight and bias is held in between, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsld_fx.distill import LossTerm
+from tsld_fx.errors import TrainingError
+from tsld_fx.fused_loss_chunks import Head, HeadLossRun, Objective, has_tsld
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
+    "Tensor? teacher_bias, Tensor labels, Tensor? segment_ids, Tensor? token_scores, str[] kinds, float[] weights, "
+    "float[] temperatures, int chunk=0, ScalarType? dtype=None"
+)
+torch.library.define("tsld::head_loss", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    "tsld::head_loss_gradient",
+    f"({_INPUTS}, bool[] wanted=[]) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """What `PreparedModel.forward(head_loss=...)` needs to run head and losses as one operator.
+
+    Attributes:
+        objective: from `objective_of`.
+        labels: [B, T] unshifted, -100 ignored.
+        teacher_hidden: [B, T, H'] inputs of the teacher's head; None without a teacher.
+        teacher_weight, teacher_bias: the teacher's head, [V, H'] and [V].
+        segment_ids: [B, T] for one softmax over tokens per document.
+        token_scores: [B, T - 1] the teacher's cross-entropy of each token, when it is known already.
+    """
+
+    objective: Objective
+    labels: Tensor
+    teacher_hidden: Tensor | None = None
+    teacher_weight: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    segment_ids: Tensor | None = None
+    token_scores: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The operator's inputs by name."""
+        names = ("labels", "teacher_hidden", "teacher_weight", "teacher_bias", "segment_ids", "token_scores")
+        return {name: getattr(self, name) for name in names}
+
+
+GROUND_TRUTH = Objective(("gt",), (1.0,), (1.0,))
+
+
+def objective_of(terms: Sequence[LossTerm]) -> Objective | None:
+    """The terms as the operator takes them; None when it cannot (taps, or several softening temperatures)."""
+    if any(term.kind in ("hidden", "attention") for term in terms):
+        return None
+    if len({term.temperature or 1.0 for term in terms if term.kind == "logit"} - {1.0}) > 1:
+        return None
+    kinds = tuple("tsld_mean" if (t.kind, t.reduction) == ("tsld", "mean") else t.kind for t in terms)
+    temperatures = tuple(t.temperature or (10.0 if t.kind == "tsld" else 1.0) for t in terms)
+    return Objective(kinds, tuple(float(t.weight) for t in terms), tuple(map(float, temperatures)))
+
+
+# ---------------------------------------------------------------- the operator that users and graphs call
+_DEFAULTS = (0, None)  # of chunk and dtype: the dispatcher leaves trailing defaults out
+
+
+def _forward_only(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, terms, scores, *_ = torch.ops.tsld.head_loss_gradient(*args)
+    return loss, terms, scores
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        wanted = list(ctx.needs_input_grad[:3])
+        results = torch.ops.tsld.head_loss_gradient(*args, wanted)
+        ctx.gradients = [g if want else None for g, want in zip(results[3:], wanted, strict=True)]
+        ctx.rest = len(args) - 3
+        ctx.mark_non_differentiable(*results[1:3])
+        ctx.set_materialize_grads(False)
+        return results[:3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place below: they serve once, and free their memory
+        if gradients is None:
+            raise TrainingError("tsld::head_loss: its gradient was used already. Do not use retain_graph with it.")
+        if grad is None:
+            return (None,) * (3 + ctx.rest)
+        scaled = tuple(None if g is None else g.mul_(grad) for g in gradients)
+        return (*scaled, *(None,) * ctx.rest)
+
+
+@torch.library.impl("tsld::head_loss", "Autograd")
+def _head_loss_autograd(*args: Any) -> Any:
+    args = (*args, *_DEFAULTS[len(args) - 12 :])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
+        return _HeadLoss.apply(*args)
+    return _forward_only(*args)
+
+
+torch.library.impl("tsld::head_loss", "CompositeExplicitAutograd", _forward_only)
+
+
+def _register_autocast(device: str) -> None:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+    def in_low_precision(*args: Any) -> Any:
+        """The matrix products run in autocast's dtype; the losses and the gradients' sums in float32 all the same."""
+        chunk = args[12] if len(args) > 12 else 0
+        dtype = None if args[0].dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return torch.ops.tsld.head_loss(*args[:12], chunk, dtype)
+
+    torch.library.impl("tsld::head_loss", f"Autocast{device.upper()}", in_low_precision)
+
+
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)
+
+
+@torch.library.register_fake("tsld::head_loss")
+def _(*args: Any) -> Any:
+    return _forward_only(*args)
+
+
+@torch.library.register_fake("tsld::head_loss_gradient")
+def _(
+    hidden: Tensor, weight: Tensor, bias: Any, teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any,
+    labels: Tensor, segment_ids: Any, token_scores: Any, kinds: list[str], weights: list[float],
+    temperatures: list[float], chunk: int = 0, dtype: Any = None, wanted: Sequence[bool] = (),
+) -> Any:  # fmt: skip
+    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    want = [*wanted, False, False, False][:3]
+    none = hidden.new_empty(0)
+    shape = (labels.shape[0], labels.shape[1] - 1) if has_tsld(kinds) and token_scores is None else (0,)
+    return (
+        hidden.new_empty((), dtype=precise),
+        hidden.new_empty(len(kinds), dtype=precise),
+        hidden.new_empty(shape, dtype=precise),
+        *(t.new_empty(t.shape) if want[i] else none for i, t in enumerate((hidden, weight, bias))),
+    )
+
+
+@torch.library.impl("tsld::head_loss_gradient", "CompositeExplicitAutograd")
+def _head_loss_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None, labels: Tensor, segment_ids: Tensor | None, token_scores: Tensor | None,
+    kinds: list[str], weights: list[float], temperatures: list[float], chunk: int = 0, dtype: Any = None,
+    wanted: Sequence[bool] = (),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    objective = Objective(tuple(kinds), tuple(weights), tuple(temperatures))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        teacher = None
+        if objective.needs_teacher:
+            if teacher_hidden is None or teacher_weight is None:
+                raise TrainingError(
+                    f"tsld::head_loss: the objective {objective.key!r} needs the teacher's hidden states and head."
+                )
+            teacher = Head(teacher_hidden, teacher_weight, teacher_bias, dtype)
+        student = Head(hidden, weight, bias, dtype)
+        run = HeadLossRun(student, teacher, labels, segment_ids, objective)
+        return run(token_scores, chunk, [*wanted, False, False, False][:3])
