@@ -1,13 +1,11 @@
-"""A lowered model or a Relax module -> a program folder that TVM's runtime runs, without torch and without a compiler."""
+"""A lowered model or a Relax module -> a program folder that TVM's runtime runs without torch or a compiler."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from tsld_fx.capture import max_positions
 from tsld_fx.errors import ConfigError
 from tsld_fx.lowered import LoweredModel
 from tsld_fx.relax.cpu_target import CpuTarget, cpu_target
+from tsld_fx.relax.generation import step_functions
 from tsld_fx.relax.program_cache import build_library
 from tsld_fx.relax.run import FORMAT
 from tsld_fx.relax.translate import PARAMETER_NAMES, export_lowered, parameters_of, program_to_relax
 from tsld_fx.relax.tvm_import import check_tvm, load_tvm
+from tsld_fx.runs import whole_folder
 
 _ALIGN = 64
 RUNTIME_LIBRARIES = {"llvm": ("libtvm_runtime.so",), "cuda": ("libtvm_runtime.so", "libtvm_runtime_cuda.so")}
@@ -48,53 +49,94 @@ def compile(
     batch: int | None = None,
     tokens: int | None = None,
     runtime: bool = False,
+    arch: Sequence[str] = ("sm_80", "sm_90"),
+    max_rows: int | None = None,
 ) -> Path:
     """Compile a lowered model into a program folder: model.so, weights.bin, manifest.json and run.py.
 
     The folder is written whole or not at all. `tsld_fx.relax.load(path)` runs it here; `python path/run.py` runs it
-    anywhere with numpy and apache-tvm-ffi. Weights stay packed and are no part of the code, so that models of one
-    architecture share a compiled library: it is taken from the cache (TSLD_CACHE_DIR) when it was built before.
+    anywhere with numpy and apache-tvm-ffi. For CPUs, weights stay packed and are no part of the code, so that models of
+    one architecture share a compiled library: it is taken from the cache (TSLD_CACHE_DIR) when it was built before.
+    For CUDA, model.so holds TVM's kernels, ours, and the weights in our kernels' layout; no GPU is needed to build it.
 
     Args:
-        model: a lowered model; or a Relax IRModule with bound weights, of which every function becomes callable.
-        target: `llvm` (this machine's CPU) or `llvm:x86-64-v2`, `-v3`, `-v4`.
+        model: a lowered model; or a Relax IRModule with bound weights, of which every function becomes callable (CPU).
+        target: `llvm` (this machine's CPU), `llvm:x86-64-v2`, `-v3`, `-v4`, or `cuda`.
         generation: also build `prefill` and `decode`, the step functions with a KV cache behind `.generate`.
         batch, tokens: a fixed size of `main`'s inputs; None for any.
         runtime: put TVM's runtime library (3.4 MB) into the folder, so that apache-tvm need not be installed there.
+        arch: of `cuda`: architectures to hold machine code for; newer ones run PTX of the lowest.
+        max_rows: of `cuda`: kernels only for calls with up to so many tokens (batch x length); None for any number.
 
     Raises:
         TsldError: TVM is absent or of another version, the model or the target is not fit for it, or `path` exists and
             is no program folder.
     """
-    where = cpu_target(target)
+    where = cpu_target("llvm" if target == "cuda" else target)
     load_tvm("tsld_fx.relax.compile")
     folder = Path(path)
     check_writable(folder)
-    parts = _parts(model, where, generation, batch, tokens)
-    library = build_library(parts.module, where)
-    facts = {"kind": "llvm", "mcpu": where.mcpu, "machine": where.machine, "flags": where.flags}
+    if target == "cuda":
+        parts, library = _for_cuda(model, generation, batch, tokens, tuple(arch), max_rows)
+        facts: dict[str, Any] = {"kind": "cuda", "mcpu": "generic", "machine": where.machine, "flags": []}
+        facts["arch"] = list(arch)
+    else:
+        parts = _for_cpu(model, where, generation, batch, tokens)
+        library = build_library(parts.module, where)
+        facts = {"kind": "llvm", "mcpu": where.mcpu, "machine": where.machine, "flags": where.flags}
     return write_program(folder, library, parts, facts, runtime=runtime)
 
 
-def _parts(model: Any, target: CpuTarget, generation: bool, batch: int | None, tokens: int | None) -> Parts:
+def _for_cpu(model: Any, target: CpuTarget, generation: bool, batch: int | None, tokens: int | None) -> Parts:
     from tvm import IRModule
 
     if isinstance(model, IRModule):
         return Parts(model)
+    weights: dict[str, np.ndarray] = {}
+
+    def imported(program: ExportedProgram) -> Any:
+        weights.update(as_arrays(parameters_of(program)))
+        return program_to_relax(program, target, bind_params=False)
+
+    parts = _parts(model, imported, generation, batch, tokens)
+    parts.weights = weights
+    return parts
+
+
+def _for_cuda(
+    model: Any, generation: bool, batch: int | None, tokens: int | None, arch: tuple[str, ...], max_rows: int | None
+) -> tuple[Parts, bytes]:
+    from tsld_fx.codegen.runtime_module import targets_of
+    from tsld_fx.relax.cuda_build import build_cuda_library, load_cuda_runtime
+    from tsld_fx.relax.cuda_kernels import CudaMatmuls, check_dtype, kernel_layouts
+
+    matmuls = CudaMatmuls({}, targets_of(arch))
+    if isinstance(model, LoweredModel):
+        check_dtype(model.dtype)
+    load_cuda_runtime()
+
+    def imported(program: ExportedProgram) -> Any:
+        matmuls.layers.update(kernel_layouts(program, model))
+        converters = {"lowbit_linear.default": matmuls.lowbit_linear}
+        return program_to_relax(program, None, bind_params=True, converters=converters)
+
+    parts = _parts(model, imported, generation, batch, tokens)
+    parts.facts["max_rows"] = max_rows
+    return parts, build_cuda_library(parts.module, matmuls, arch, max_rows)
+
+
+def _parts(
+    model: Any, imported: Callable[[ExportedProgram], Any], generation: bool, batch: int | None, tokens: int | None
+) -> Parts:
     if not isinstance(model, LoweredModel):
         raise ConfigError(
             f"compile: expected a lowered model or a Relax IRModule, got {type(model).__name__}. "
             "Give the result of tsld_fx.convert, tsld_fx.load or tsld_fx.to_relax."
         )
-    program = export_lowered(model, batch, tokens)
-    parts = Parts(program_to_relax(program, target, bind_params=False), as_arrays(parameters_of(program)), facts_of(model))
+    parts = Parts(imported(export_lowered(model, batch, tokens)), facts=facts_of(model))
     if generation:
-        from tsld_fx.relax.generation import step_functions
-
-        steps, weights, cache = step_functions(model, target)
+        steps, _, parts.facts["cache"] = step_functions(model, imported)
         parts.module = merged(parts.module, steps)
-        parts.weights.update(weights)
-        parts.facts["cache"] = cache
     return parts
 
 
@@ -164,7 +206,9 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigError: it says what lies there.
     """
-    if folder.exists() and not ((folder / "manifest.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))):
+    if folder.exists() and not (
+        (folder / "manifest.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
+    ):
         raise ConfigError(f"compile: {folder} exists and is no program folder. Name a new one.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,42 +217,35 @@ def check_writable(folder: Path) -> None:
 
 
 def write_program(folder: Path, library: bytes, parts: Parts, target: dict[str, Any], *, runtime: bool) -> Path:
-    """Write a program folder: into a temporary one beside it, then renamed."""
-    temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.mkdir()
-        (temporary / "model.so").write_bytes(library)
-        weights = _write_weights(temporary / "weights.bin", parts.weights)
-        shutil.copyfile(Path(__file__).with_name("run.py"), temporary / "run.py")
+    """Write a program folder, whole or not at all."""
+    with whole_folder(folder) as inside:
+        (inside / "model.so").write_bytes(library)
+        weights = _write_weights(inside / "weights.bin", parts.weights)
+        shutil.copyfile(Path(__file__).with_name("run.py"), inside / "run.py")
         if runtime:
             for name in RUNTIME_LIBRARIES[target["kind"]]:
-                shutil.copyfile(_library(name), temporary / name)
+                shutil.copyfile(_library(name), inside / name)
         manifest = {
             "format_version": FORMAT,
             "tsld_fx": version("tsld-fx"),
             "versions": {"apache-tvm": check_tvm("compile"), "apache-tvm-ffi": version("apache-tvm-ffi")},
             "target": target,
-            "files": {path.name: _entry(path) for path in sorted(temporary.iterdir()) if path.suffix in (".so", ".bin")},
+            "files": {path.name: _entry(path) for path in sorted(inside.iterdir()) if path.suffix in (".so", ".bin")},
             "functions": signatures(parts.module),
             "weights": weights,
-            **{"model": None, "vocabulary": None, "max_tokens": None, "eos_token_id": None, "pad_token_id": None},
+            **{
+                "model": None,
+                "vocabulary": None,
+                "max_tokens": None,
+                "eos_token_id": None,
+                "pad_token_id": None,
+                "max_rows": None,
+                "cache": None,
+            },
             **parts.facts,
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (inside / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return folder
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if folder.exists():
-        old = folder.parent / f".old-{temporary.name}"
-        folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(folder)
 
 
 def _library(name: str) -> Path:
@@ -222,7 +259,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Raw tensors at multiples of 64 bytes, so that a mapped file can be used as it is; one that is tied is written once."""
+    """Raw tensors at multiples of 64 bytes, so that a mapped file is used as it is; a tied one is written once."""
     entries, written, offset = [], {}, 0
     with path.open("wb") as file:
         for name, array in weights.items():

@@ -62,7 +62,9 @@ def _is_open(function: Any) -> bool:
 
 def _scheduled(function: Any) -> Any:
     schedule = Schedule(function)
-    products = [block for block in schedule.get_child_blocks(schedule.get_sblock("root")) if _is_product(schedule, block)]
+    products = [
+        block for block in schedule.get_child_blocks(schedule.get_sblock("root")) if _is_product(schedule, block)
+    ]
     for block in products:
         *outer, j, k = schedule.get_loops(block)
         schedule.reorder(k, j)
@@ -75,4 +77,8 @@ def _is_product(schedule: Any, block: Any) -> bool:
     """Whether a block is a matrix product over loops (batch.., i, j, k) with two axes at least before j."""
     kinds = [int(axis.iter_type) for axis in schedule.get(block).iter_vars]
     loops = schedule.get_loops(block)
-    return len(loops) == len(kinds) >= 4 and kinds == [0] * (len(kinds) - 1) + [2] and "matmul" in schedule.get(block).name_hint
+    return (
+        len(loops) == len(kinds) >= 4
+        and kinds == [0] * (len(kinds) - 1) + [2]
+        and "matmul" in schedule.get(block).name_hint
+    )

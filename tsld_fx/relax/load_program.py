@@ -36,7 +36,9 @@ class CompiledProgram:
         """
         return self._run(lambda: torch.from_numpy(self.program(_numpy(input_ids), _numpy(attention_mask)).copy()))
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None, **ends: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, attention_mask: Tensor | None = None, **ends: Any
+    ) -> Tensor:
         """Greedy generation with a KV cache: int64 [B, T + new], equal to transformers' with do_sample=False.
 
         Args:

@@ -43,7 +43,7 @@ class CpuMatmuls:
         return self._call(importer, spec, x, [weight], bias)
 
     def _spec(self, importer: Any, x: Any, *format: Any) -> MatmulSpec:
-        rows = _rows(x)
+        rows = rows_of(x)
         out_features, in_features, bits, group_size, zeros, bias = format
         return MatmulSpec(
             out_features, in_features, bits, group_size, zeros, bias,
@@ -54,7 +54,7 @@ class CpuMatmuls:
         from tvm import relax
 
         builder, shape, dtype = importer.block_builder, list(x.ty.shape), str(x.ty.dtype)
-        rows = _rows(x)
+        rows = rows_of(x)
         x = builder.emit(relax.op.reshape(x, [rows, spec.in_features]))
         if dtype != "float32":
             x = builder.emit(relax.op.astype(x, "float32"))
@@ -68,7 +68,7 @@ class CpuMatmuls:
         return builder.emit(relax.op.reshape(y, [*shape[:-1], spec.out_features]))
 
 
-def _rows(x: Any) -> Any:
+def rows_of(x: Any) -> Any:
     """Number of rows of x [..., in]: an int where all sizes are known, else an expression."""
     rows: Any = 1
     for size in list(x.ty.shape)[:-1]:

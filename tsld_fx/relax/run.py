@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a compiled program folder with numpy, apache-tvm-ffi and TVM's runtime library: no torch, no tsld_fx, no compiler.
+"""Run a program folder with numpy, apache-tvm-ffi and TVM's runtime library: no torch, no tsld_fx, no compiler.
 
 `tsld_fx.relax.compile` puts a copy of this file into each folder, so that the folder is all that has to travel:
 
@@ -187,11 +187,17 @@ class Program:
         mask = np.ones_like(ids) if attention_mask is None else np.ascontiguousarray(attention_mask, dtype=np.int64)
         if ids.ndim != 2 or mask.shape != ids.shape or ids.size == 0:
             raise ProgramError(
-                f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} must have one shape [batch, tokens]."
+                f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} must have one shape "
+                "[batch, tokens]."
             )
         vocabulary = self.manifest["vocabulary"]
         if ids.min() < 0 or (vocabulary and ids.max() >= vocabulary):
             raise ProgramError(f"input_ids lie in [{ids.min()}, {ids.max()}]; the model has {vocabulary} tokens.")
+        rows = self.manifest["max_rows"]
+        if rows and ids.size > rows:
+            raise ProgramError(
+                f"input_ids has {ids.size} tokens; compiled for {rows} at once. Compile with max_rows=None."
+            )
         return ids, mask
 
     def _check_length(self, tokens: int, what: str) -> None:

@@ -21,6 +21,7 @@ from tsld_fx.relax.importer_fixes import FIXES, Converter
 from tsld_fx.relax.lowering import CpuMatmuls
 from tsld_fx.relax.tvm_import import load_tvm
 
+_IMPORTERS_OWN = ("params", "tir_var_lower_bound", "tir_var_upper_bound")  # export's bounds are too narrow
 PARAMETER_NAMES = "tsld_parameters"  # attribute of a function: names of the model's tensors, in the order of its inputs
 
 
@@ -90,7 +91,9 @@ def export_lowered(lowered: LoweredModel, batch: int | None, tokens: int | None)
 def _export(
     graph_module: fx.GraphModule, ids: Tensor, batch: int | None, tokens: int | None, most: int | None
 ) -> ExportedProgram:
-    sizes = {axis: dim for axis, fixed, dim in ((0, batch, Dim("batch")), (1, tokens, Dim("tokens", max=most))) if not fixed}
+    sizes = {
+        axis: dim for axis, fixed, dim in ((0, batch, Dim("batch")), (1, tokens, Dim("tokens", max=most))) if not fixed
+    }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inputs = (ids, torch.ones_like(ids))
@@ -136,7 +139,11 @@ def _on_parameters(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def program_to_relax(
-    program: ExportedProgram, target: CpuTarget, *, bind_params: bool, converters: dict[str, Converter] | None = None
+    program: ExportedProgram,
+    target: CpuTarget | None,
+    *,
+    bind_params: bool,
+    converters: dict[str, Converter] | None = None,
 ) -> Any:
     """An exported program with tsld operators as an IRModule; its parameters and persistent buffers are the weights.
 
@@ -144,8 +151,10 @@ def program_to_relax(
         BackendError: an operator that the importer does not know.
     """
     load_tvm("tsld_fx.to_relax")
-    matmuls = CpuMatmuls(target.lanes, target.table)
-    chosen = converters or {"lowbit_linear.default": matmuls.lowbit_linear, "linear.default": matmuls.linear}
+    chosen = converters
+    if chosen is None:
+        matmuls = CpuMatmuls(target.lanes, target.table) if target else CpuMatmuls(4, False)
+        chosen = {"lowbit_linear.default": matmuls.lowbit_linear, "linear.default": matmuls.linear}
     with warnings.catch_warnings():  # of torch's internals, about torch's own classes
         warnings.simplefilter("ignore")
         program = _decomposed(program)
@@ -193,7 +202,7 @@ def _imported(program: ExportedProgram, converters: dict[str, Converter], bind_p
     functions = {}
     for variable, function in module.functions.items():
         if variable.name_hint == "main":
-            for attribute_name in ("params", "tir_var_lower_bound"):  # export's bounds start at 2; sizes of 1 are fine
+            for attribute_name in _IMPORTERS_OWN:
                 if attribute_name in (function.attrs or {}):
                     function = function.without_attr(attribute_name)
             function = function.with_attr(PARAMETER_NAMES, [] if bind_params else list(parameters_of(program)))

@@ -1,0 +1,113 @@
+"""Compiled programs of the four families: logits and generated tokens equal torch's, from the reloaded folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import tsld_fx.relax
+from tests.models import POSITIONS, VOCABULARY, ids, left_padded, ternary
+
+FOUR = ("gpt2", "opt", "gpt_neo", "llama")
+ProgramOf = Callable[[str], Path]
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("family", FOUR)
+def test_logits_equal_torch_for_any_batch_and_length(family: str, program_of: ProgramOf) -> None:
+    _, lowered = ternary(family)
+    program = tsld_fx.relax.load(program_of(family))
+    for batch, tokens in ((2, 9), (1, 1), (3, POSITIONS)):
+        x = ids(batch, tokens, seed=tokens)
+        with torch.no_grad():
+            expected = lowered(input_ids=x).logits
+        assert relative(program(x), expected) < 1e-5
+    x, mask = left_padded()
+    with torch.no_grad():
+        expected = lowered.graph_module(x, mask)["logits"]
+    assert relative(program(x, mask), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", FOUR)
+def test_generation_equals_transformers(family: str, program_of: ProgramOf) -> None:
+    _, lowered = ternary(family)
+    program = tsld_fx.relax.load(program_of(family))
+    x, mask = left_padded((9, 5, 3), seed=3)
+    for prompt, attended in ((x, mask), (ids(1, 4, seed=1), None), (ids(2, 1, seed=2), None)):
+        attended = torch.ones_like(prompt) if attended is None else attended
+        expected = lowered.generate(prompt, attention_mask=attended, max_new_tokens=12, do_sample=False)
+        assert torch.equal(program.generate(prompt, 12, attended), expected)
+
+
+def test_weights_stay_packed(program_of: ProgramOf) -> None:
+    _, lowered = ternary("llama")
+    manifest = json.loads((program_of("llama") / "manifest.json").read_text())
+    stored = {entry["name"]: entry for entry in manifest["weights"]}
+    for name, layer in lowered.lowbit_layers().items():
+        assert f"{name}.weight" not in stored
+        assert stored[f"{name}.weight_packed"]["bytes"] == layer.weight_packed.numel()
+    assert (program_of("llama") / "weights.bin").stat().st_size < 1.2 * sum(e["bytes"] for e in stored.values())
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """An environment whose Python sees numpy and tvm_ffi and nothing else of this one's packages."""
+    packages = folder / "packages"
+    packages.mkdir()
+    for name in ("numpy", "tvm_ffi"):
+        spec = find_spec(name)
+        assert spec is not None and spec.origin is not None
+        home = Path(spec.origin).parent
+        for found in (home, home.parent / f"{name}.libs", *home.parent.glob(f"*{name.replace('_', '?')}-*.dist-info")):
+            if found.exists():
+                (packages / found.name).symlink_to(found)
+    (packages / "typing_extensions.py").symlink_to(find_spec("typing_extensions").origin)  # type: ignore[union-attr]
+    return {"PYTHONPATH": str(packages), "PATH": os.environ["PATH"], "TVM_NUM_THREADS": "1"}
+
+
+def bare(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run the interpreter behind the virtual environment, which has no packages of ours."""
+    python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    command = [str(python), "-S", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_runs_without_torch_and_without_tvm(program_of: ProgramOf, tmp_path: Path) -> None:
+    environment = bare_environment(tmp_path)
+    for package in ("torch", "tvm", "transformers", "tsld_fx"):
+        assert bare(["-c", f"import {package}"], environment).returncode != 0
+    folder = tmp_path / "copied"
+    shutil.copytree(program_of("llama"), folder)
+    _, lowered = ternary("llama")
+    prompt = ids(1, 5, seed=9)
+    expected = lowered.generate(prompt, max_new_tokens=10, do_sample=False)[0].tolist()
+    text = " ".join(map(str, prompt[0].tolist()))
+    done = bare([str(folder / "run.py"), "--ids", text, "--max-new-tokens", "10", "--time"], environment)
+    assert done.returncode == 0, done.stderr
+    assert list(map(int, done.stdout.split())) == expected
+    assert "start" in done.stderr
+    refused = bare([str(folder / "run.py"), "--ids", str(VOCABULARY)], environment)
+    assert refused.returncode == 2 and "error: input_ids lie in" in refused.stderr
+
+
+def test_second_compilation_takes_the_library_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tvm
+
+    _, lowered = ternary("llama")
+    first = tsld_fx.relax.compile(lowered, tmp_path / "first", generation=False, batch=1, tokens=4)
+    monkeypatch.setattr(tvm, "compile", None)  # not called again
+    second = tsld_fx.relax.compile(lowered, tmp_path / "second", generation=False, batch=1, tokens=4)
+    assert (first / "model.so").read_bytes() == (second / "model.so").read_bytes()
+    x = ids(1, 4)
+    assert relative(tsld_fx.relax.load(second)(x), lowered(input_ids=x).logits) < 1e-5
