@@ -34,6 +34,7 @@ __all__ = [
     "load_prepared",
     "losses",
     "prepare",
+    "to_relax",
 ]
 
 
@@ -41,6 +42,7 @@ _LAZY = {  # name -> module that is imported on its first use, because it is slo
     "TSLDTrainer": "tsld_fx.trainer",
     "export_onnx": "tsld_fx.onnx.export",
     "build_runtime_module": "tsld_fx.runtime_module",
+    "to_relax": "tsld_fx.relax.translate",
 }
 
 
