@@ -4,6 +4,8 @@ Sums run in float64, so that they do not depend on the order in which a kernel a
 and packing find on one GPU are the same, whatever the layout of the weight and the dtype of the result.
 """
 
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,18 +21,18 @@ _TILE = 4096
 
 
 @triton.jit
-def _rounded(x: Any, low: Any, high: Any) -> Any:
+def _rounded(x, low, high):
     """x clamped to whole bounds and rounded half to even; adding 1.5 * 2^23 leaves no bits behind the point."""
     return (tl.minimum(tl.maximum(x, low), high) + 12582912.0) - 12582912.0 + 0.0
 
 
 @triton.jit
-def _safe(scale: Any) -> Any:
+def _safe(scale):
     return tl.where(scale == 0.0, 1.0, scale)
 
 
 @triton.jit
-def _address(line: Any, groups: Any, length: Any, row_stride: Any, stride: Any, element: Any) -> Any:
+def _address(line, groups, length, row_stride, stride, element):
     """Offsets [lines, elements] of lines that are groups of consecutive columns."""
     row, group = line // groups, line % groups
     start = row * row_stride + group * length * stride
@@ -39,10 +41,10 @@ def _address(line: Any, groups: Any, length: Any, row_stride: Any, stride: Any, 
 
 @triton.jit
 def _fake_quant_lines(
-    weight: Any, out: Any, scales: Any, zeros: Any, lines: Any, groups: Any, length: Any,
-    row_stride: Any, stride: Any, out_row_stride: Any, out_stride: Any, top: Any, half: Any,
+    weight, out, scales, zeros, lines, groups, length,
+    row_stride, stride, out_row_stride, out_stride, top, half,
     SCHEME: tl.constexpr, GIVEN: tl.constexpr, ZERO: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     element = tl.arange(0, BLOCK).to(tl.int64)
     real = line < lines
@@ -89,10 +91,10 @@ def _fake_quant_lines(
 
 @triton.jit
 def _straight_through_lines(
-    grad: Any, weight: Any, scales: Any, zeros: Any, out: Any, grad_scales: Any, lines: Any, groups: Any, length: Any,
-    grad_row_stride: Any, grad_stride: Any, row_stride: Any, stride: Any, out_row_stride: Any, out_stride: Any,
-    top: Any, half: Any, factor: Any, ZERO: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+    grad, weight, scales, zeros, out, grad_scales, lines, groups, length,
+    grad_row_stride, grad_stride, row_stride, stride, out_row_stride, out_stride,
+    top, half, factor, ZERO: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
     element = tl.arange(0, BLOCK).to(tl.int64)
     real = line < lines

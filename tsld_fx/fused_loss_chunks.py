@@ -194,6 +194,8 @@ class _Gradients:
     def __init__(self, head: Head, want: list[bool], shape: torch.Size) -> None:
         self.head, self.shape, self.scale = head, shape, _HALF_SCALE if head.dtype == torch.float16 else 1.0
         sum_dtype = torch.float64 if head.dtype == torch.float64 else torch.float32
+        if head.weight_dtype == torch.bfloat16:  # the sum ends in it anyway, and float32 would take twice the memory
+            sum_dtype = torch.bfloat16
         self.hidden = torch.empty_like(head.hidden) if want[0] else None
         self.weight = torch.empty_like(head.weight, dtype=sum_dtype) if want[1] else None
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=sum_dtype) if want[2] else None

@@ -17,6 +17,7 @@ from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss, objective_of
 from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import HeadlessModel, without_head
 from tsld_fx.prepared import PreparedModel, PreparedOutput, graph_model
+from tsld_fx.weight_cache import WeightCache
 from tsld_fx.whole_trainer import WholeCheckpointTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,11 @@ class TSLDTrainer(WholeCheckpointTrainer):
         self.loss_is_scaled_for_ga = False  # newer transformers ask; older ones look at accepts_loss_kwargs
         model.set_taps(self.distill.taps)
         self.teacher = self._ready_teacher(teacher) if teacher is not None and self.distill.needs_teacher else None
+        compiles = self.args.torch_compile and self.teacher is not None
+        self._run_teacher: Any = self._compiled(self.teacher) if compiles else self.teacher
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._loss_only = False
+        self._weights = WeightCache() if self._keeps_weights() else None
         self._head: HeadlessModel | None = None
         self._objective = self._fused_objective(model)
 
@@ -97,7 +101,30 @@ class TSLDTrainer(WholeCheckpointTrainer):
                     "the teacher's logits are not the plain result of a linear head: losses run on whole logits"
                 )
                 return None
+            if self.args.torch_compile:
+                self._head = HeadlessModel(self._compiled(self._head.body), self._head.head)
         return objective
+
+    def _compiled(self, module: nn.Module) -> Any:
+        """The teacher compiled as TrainingArguments asks for the student."""
+        mode, backend = self.args.torch_compile_mode, self.args.torch_compile_backend
+        return torch.compile(module, **{k: v for k, v in (("mode", mode), ("backend", backend)) if v is not None})
+
+    def _keeps_weights(self) -> bool:
+        """Whether micro-batches of one step share the quantised weights; recomputed layers must not keep them."""
+        args = self.args
+        several = args.gradient_accumulation_steps > 1
+        return several and not (args.torch_compile or args.gradient_checkpointing or args.fsdp or args.deepspeed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch: forward, backward, and a check of the loss."""
+        if self._weights is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with self._weights:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._weights.clear()
+        return loss
 
     # ------------------------------------------------------------ the loss
     def compute_loss(
@@ -145,6 +172,7 @@ class TSLDTrainer(WholeCheckpointTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._loss_only = False
+        self._weights = WeightCache() if self._keeps_weights() else None
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         self._check_labels(self._batch(self._prepare_inputs(inputs))[1], self.distill.terms())
@@ -183,7 +211,7 @@ class TSLDTrainer(WholeCheckpointTrainer):
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = self.teacher(**feed, use_cache=False)
+                teacher = self._run_teacher(**feed, use_cache=False)
         total = torch.zeros((), device=labels.device)
         for term in self.distill.terms():
             value = self._term(term, student, teacher, feed, labels, segment_ids)
