@@ -58,6 +58,12 @@ def cache_key(source: str, target: str, compiler: Compiler, root: Path = TEMPLAT
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def content_key(source: str, target: str, root: Path = TEMPLATE_DIR) -> str:
+    """Hash of what is compiled, whatever compiles it."""
+    parts = [FORMAT, source, target, included_headers(source, root)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
 @dataclass(frozen=True)
 class KernelCache:
     """A bounded folder of compiled kernels. The least recently used entries go first."""
@@ -69,15 +75,31 @@ class KernelCache:
     def default(cls) -> KernelCache:
         return cls(default_folder(), default_limit())
 
-    def get_or_build(self, source: str, target: str, compiler: Compiler) -> tuple[bytes, str]:
-        """-> (cubin or PTX, compiler log), from disk if it is there and whole."""
-        key = cache_key(source, target, compiler)
+    def get_or_build(
+        self, source: str, target: str, compiler: Compiler, root: Path = TEMPLATE_DIR
+    ) -> tuple[bytes, str]:
+        """-> (binary, compiler log), from disk if it is there and whole. `root`: where its headers lie."""
+        key = cache_key(source, target, compiler, root)
         hit = self._read(key)
         if hit is not None:
             return hit
         binary, log = compiler.compile(source, target)
-        self._write(key, source, target, compiler.version, binary, log)
+        info = {"target": target, "compiler": compiler.version, "content": content_key(source, target, root)}
+        self._write(key, source, info, binary, log)
         return binary, log
+
+    def file(self, source: str, target: str, compiler: Compiler | None, root: Path = TEMPLATE_DIR) -> Path | None:
+        """The binary on disk, built if need be; without a compiler, what any compiler built of it earlier, or None."""
+        if compiler is not None:
+            self.get_or_build(source, target, compiler, root)
+            return self.folder / cache_key(source, target, compiler, root) / "kernel.bin"
+        content = content_key(source, target, root)
+        for _, _, entry in reversed(self.entries()):
+            with contextlib.suppress(OSError, ValueError):
+                found = json.loads((entry / "info.json").read_text()).get("content") == content
+                if found and self._read(entry.name) is not None:
+                    return entry / "kernel.bin"
+        return None
 
     def _read(self, key: str) -> tuple[bytes, str] | None:
         entry = self.folder / key
@@ -93,12 +115,11 @@ class KernelCache:
             os.utime(entry)  # for the eviction order
         return binary, str(info.get("log", ""))
 
-    def _write(self, key: str, source: str, target: str, version: str, binary: bytes, log: str) -> None:
+    def _write(self, key: str, source: str, facts: dict[str, str], binary: bytes, log: str) -> None:
         temporary = self.folder / f".tmp-{os.getpid()}-{uuid.uuid4().hex}"
         info = {
             "sha256": hashlib.sha256(binary).hexdigest(),
-            "target": target,
-            "compiler": version,
+            **facts,
             "log": log,
         }
         try:

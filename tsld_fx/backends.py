@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tsld_fx.errors import BackendError
 from tsld_fx.lowbit_linear import LowBitLinear
 
-BACKENDS = ("reference", "cuda")
+BACKENDS = ("reference", "cuda", "cpu")
 
 
 def check_backend(name: str, device: torch.device | str | None = None) -> None:
@@ -28,9 +28,9 @@ def check_backend(name: str, device: torch.device | str | None = None) -> None:
             f"backend={name!r} is not available in this version of tsld_fx. "
             f"Use backend='auto' or one of {', '.join(map(repr, BACKENDS))}."
         )
-    problem = _cuda_problem(device) if name == "cuda" else None
+    problem = _cuda_problem(device) if name == "cuda" else _cpu_problem(device) if name == "cpu" else None
     if problem is not None:
-        raise BackendError(f"backend='cuda': {problem} Or use backend='reference'.")
+        raise BackendError(f"backend={name!r}: {problem} Or use backend='reference'.")
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             f"device={str(device)!r}: torch.cuda.is_available() is False here. Install a CUDA build of torch and a "
@@ -38,26 +38,71 @@ def check_backend(name: str, device: torch.device | str | None = None) -> None:
         )
 
 
-def use_backend(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str) -> str:
+def check_activations(activations: str, backend: str) -> None:
+    """Refuse an activation mode that is unknown, or that the named backend does not have.
+
+    Raises:
+        BackendError: it says which there are.
+    """
+    from tsld_fx.codegen.cpu.gemm import check_activations as check
+
+    check(activations)
+    if activations != "a16" and backend not in ("auto", "cpu"):
+        raise BackendError(
+            f"activations={activations!r} is a mode of backend='cpu'; backend={backend!r} keeps activations as they "
+            "are. Leave activations out, or use backend='cpu'."
+        )
+
+
+def use_backend(
+    model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str = "a16"
+) -> str:
     """Put a lowered model on a backend; returns which (`auto`: the fastest that serves it where it lies).
 
     Raises:
         BackendError: the backend cannot run here, or serves one of the layers not.
     """
+    used = _put_on(model, layers, name, activations)
+    if activations == "int8" and used != "cpu":
+        warnings.warn(
+            f"activations='int8' is what only backend='cpu' has; {used!r} keeps activations as they are, so results "
+            "differ from the CPU's in the second or third digit.",
+            stacklevel=3,
+        )
+    return used
+
+
+def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str) -> str:
     check_backend(name, model.device)
-    if name == "reference" or (name == "auto" and model.device.type != "cuda"):
+    wanted = model.device.type if name == "auto" else name
+    if wanted not in ("cpu", "cuda") or not layers:
         return "reference"
-    problem = _cuda_problem(model.device) or _unserved(layers)
+    problem = _cpu_problem(model.device) if wanted == "cpu" else _cuda_problem(model.device) or _unserved(layers)
     if problem is not None:
-        if name == "cuda":
-            raise BackendError(f"backend='cuda': {problem}")
-        warnings.warn(f"backend='auto' runs the reference implementation, not CUDA kernels: {problem}", stacklevel=3)
+        if name != "auto":
+            raise BackendError(f"backend={name!r}: {problem}")
+        kind = "CPU" if wanted == "cpu" else "CUDA"
+        warnings.warn(f"backend='auto' runs the reference implementation, not {kind} kernels: {problem}", stacklevel=4)
         return "reference"
-    if model.device.type != "cuda":
+    if wanted == "cuda" and model.device.type != "cuda":
         model.to(torch.device("cuda", torch.cuda.current_device()))
     for layer in layers.values():
-        layer.use_kernels()
-    return "cuda"
+        layer.use_kernels(wanted, activations)
+    return wanted
+
+
+def _cpu_problem(device: torch.device | str | None) -> str | None:
+    """What keeps the CPU kernels from running, with the remedy. Builds them, unless they are in the cache."""
+    from tsld_fx.codegen.compiler import KernelBuildError
+    from tsld_fx.codegen.cpu import library
+
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        return f"the model lies on {device}. Move it with .to('cpu'), or pass device='cpu'."
+    try:
+        library.level()
+    except KernelBuildError as error:
+        return str(error)
+    return None
 
 
 def _cuda_problem(device: torch.device | str | None) -> str | None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tsld_fx.backends import check_backend
+from tsld_fx.backends import check_activations, check_backend
 from tsld_fx.errors import BackendError, CheckpointError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, as_lowered
@@ -132,7 +132,12 @@ def _other_shapes(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], tu
 
 
 def load(
-    path: str | Path, backend: str = "auto", device: str | torch.device | None = None, **kwargs: Any
+    path: str | Path,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    *,
+    activations: str | None = None,
+    **kwargs: Any,
 ) -> LoweredModel:
     """Load a converted model: what `lowered.save_pretrained(path)` or `build_runtime_module` wrote.
 
@@ -140,6 +145,7 @@ def load(
         path: the checkpoint's folder.
         backend: as in `convert`; `auto` goes by `device`.
         device: where to put it (default: where transformers loads it, the CPU; with backend `cuda` the current GPU).
+        activations: as in `convert`; default what the checkpoint records. Backends other than `cpu` do without.
         kwargs: go to AutoModelForCausalLM.from_pretrained (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Raises:
@@ -160,7 +166,14 @@ def load(
             f"{folder}: config.json says nothing of quant_method '{METHOD}', so this is not a converted model. "
             f"Load it with {hint}, then prepare and convert it."
         )
+    if activations is None:
+        activations = str(quantization.get("activations", "a16"))
+        try:
+            check_activations(activations, "cpu")
+        except BackendError as error:
+            raise CheckpointError(f"{folder}: quantization_config: {error} Or pass activations= to load.") from None
     model = from_pretrained(folder, **kwargs)
     if device is not None:
         model.to(device)
-    return as_lowered(model, backend)
+    model.config.quantization_config.activations = activations
+    return as_lowered(model, backend, activations)

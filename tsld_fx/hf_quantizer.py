@@ -28,6 +28,7 @@ class TsldQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         quant: QuantConfig.to_dict() of the model that was prepared.
         layers: module name -> in_features, out_features, bits, group_size (0 channel, -1 tensor), zero, bias.
+        activations: how the CPU's kernels take the inputs of the layers (`a16`, `int8` or `add`, see `convert`).
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class TsldQuantizationConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant: Mapping[str, Any] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        activations: str = "a16",
         **kwargs: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
@@ -48,9 +50,12 @@ class TsldQuantizationConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.quant = dict(quant or {})
         self.layers = {name: dict(layer) for name, layer in (layers or {}).items()}
+        self.activations = activations
 
     @classmethod
-    def of(cls, quant: QuantConfig, modules: Mapping[str, LowBitLinear]) -> TsldQuantizationConfig:
+    def of(
+        cls, quant: QuantConfig, modules: Mapping[str, LowBitLinear], activations: str = "a16"
+    ) -> TsldQuantizationConfig:
         """Describe packed layers."""
         layers = {
             name: {
@@ -63,7 +68,7 @@ class TsldQuantizationConfig(QuantizationConfigMixin):
             }
             for name, m in modules.items()
         }
-        return cls(quant=quant.to_dict(), layers=layers)
+        return cls(quant=quant.to_dict(), layers=layers, activations=activations)
 
 
 @register_quantizer(METHOD)

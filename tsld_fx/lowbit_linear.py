@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tsld_fx import cuda_linear, ops  # noqa: F401  (ops registers tsld::lowbit_linear)
+from tsld_fx import cpu_linear, cuda_linear, ops  # noqa: F401  (ops registers tsld::lowbit_linear)
 from tsld_fx.packing import dequantize, packed_width
 from tsld_fx.quantizers import scale_shape
 
@@ -20,11 +20,13 @@ class LowBitLinear(nn.Module):
     `weight_zero` uint8 in the scales' shape (affine, asymmetric only). Parameter: `bias` [out] or None.
     The packed weight and its scales keep their dtypes under `.half()` and `.to(dtype)`.
 
-    With `use_kernels()` the layer runs the CUDA kernels wherever it lies on a CUDA device: their copy of the weight is
-    made when the layer arrives there, is no part of its state, and is freed with it.
+    With `use_kernels()` the layer runs the kernels of one kind of device wherever it lies on one: their copy of the
+    weight is made when the layer arrives there, is no part of its state, and is freed with it.
     """
 
-    kernels = False
+    kernels: str | None = None  # the type of device whose kernels run: "cpu" or "cuda"
+    activations = "a16"  # how the CPU's kernels take x
+    _entry: Any = None  # the CPU's kernel layout, while the layer is there
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -58,26 +60,36 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of x."""
+        if not torch.compiler.is_compiling() and self._entry is not None and cpu_linear.is_plain_call(x):
+            buffers = self._buffers
+            if buffers["weight_zero"] is None and self._entry.fits(buffers["weight_packed"], buffers["weight_scale"]):
+                return self._entry.gemm(x, self._parameters["bias"])  # what the operator would do, a third of its time
         return torch.ops.tsld.lowbit_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero, self.bias,
             self.bits, self.group_size, self.in_features,
         )  # fmt: skip
 
-    def use_kernels(self) -> None:
-        """Run the CUDA kernels from now on, for fp16 and bf16 activations on CUDA devices.
+    def use_kernels(self, device_type: str = "cuda", activations: str = "a16") -> None:
+        """Run kernels from now on: on `cuda` for fp16 and bf16 activations, on `cpu` for these and float32.
+
+        Args:
+            activations: `a16`, `int8` or `add`, see `convert`; of the CPU's kernels.
 
         Raises:
             BackendError: no kernel serves this layer or its device, or too little memory.
         """
-        self.kernels = True
+        self.kernels, self.activations = device_type, activations
         self._register()
 
     def _register(self) -> None:
-        packed = self.weight_packed
-        if self.kernels and type(packed) is Tensor and packed.device.type == "cuda":  # no fake tensors
-            cuda_linear.register(
-                packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features
-            )
+        packed, self._entry = self.weight_packed, None
+        if self.kernels != packed.device.type or type(packed) is not Tensor:  # no fake tensors
+            return
+        weight = (packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features)
+        if self.kernels == "cuda":
+            cuda_linear.register(*weight)
+        else:
+            self._entry = cpu_linear.register(*weight, self.activations)
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out_features, in_features] that the codes stand for."""
@@ -107,6 +119,9 @@ class LowBitLinear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         self._register()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_entry"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from tsld_fx.backends import check_backend, use_backend
-from tsld_fx.capture import attach, capture
+from tsld_fx.backends import check_activations, check_backend, use_backend
+from tsld_fx.capture import attach, capture, max_positions
 from tsld_fx.errors import ConfigError
 from tsld_fx.hf_quantizer import TsldHfQuantizer, TsldQuantizationConfig
 from tsld_fx.lowbit_linear import LowBitLinear
@@ -20,6 +20,11 @@ from tsld_fx.passes.graph_tools import attribute, calls, module_path
 from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
 from tsld_fx.prepared import PreparedModel, check_length
+
+if TYPE_CHECKING:
+    from tsld_fx.decode import Decoder
+
+_OWN = ("_tsld_graph", "_tsld_decoder")  # attributes that belong to one object and are neither copied nor saved
 
 
 class LoweredModel(PreTrainedModel):
@@ -31,6 +36,7 @@ class LoweredModel(PreTrainedModel):
 
     backend: str
     _tsld_graph: list[fx.GraphModule]  # in a list so that nn.Module does not register it as a child
+    _tsld_decoder: dict[str, Any]  # "decoder", and the "place" (dtype, device) it was compiled for
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -47,8 +53,34 @@ class LoweredModel(PreTrainedModel):
         """Name -> packed layer."""
         return {name: module for name, module in self.named_modules() if isinstance(module, LowBitLinear)}
 
+    def compile_decode(self, max_batch_size: int = 1, max_length: int | None = None, **options: Any) -> Decoder:
+        """Prepare fast generation: `generate` then runs over a static KV cache, one CUDA graph replay per token.
+
+        Calls that the decoder does not serve (more or longer sequences, beam search, logits processors, streamers)
+        go to transformers' generate as before. See docs/decode.md.
+
+        Args:
+            max_batch_size: sequences in one call.
+            max_length: tokens of a sequence, prompt included; default the model's positions, at most 4096.
+            options: `cuda_graphs=False` runs without CUDA graphs, `fuse=False` without fused operators,
+                `check=False` skips the comparison with the model's own logits.
+
+        Raises:
+            CaptureError: the model's attention has no static form (sliding windows, no fused attention).
+            BackendError: out of memory.
+        """
+        from tsld_fx.decode import Decoder
+
+        length = min(max_positions(self) or 4096, 4096) if max_length is None else max_length
+        self._tsld_decoder.clear()
+        self._tsld_decoder.update(
+            decoder=Decoder(_plain(self), max_batch_size, length, backend=self.backend, **options),
+            place=(self.dtype, self.device),
+        )
+        return self._tsld_decoder["decoder"]  # type: ignore[no-any-return]
+
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate.
+        """transformers' generate; over the static cache of `compile_decode` where that serves the call.
 
         Raises:
             DataError: the prompt is longer than the model has learned positions for.
@@ -56,12 +88,30 @@ class LoweredModel(PreTrainedModel):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
             check_length(self, prompt.shape[1])
-        return super().generate(inputs, *args, **kwargs)
+        made = None if args else self._decoded(inputs, kwargs)
+        return super().generate(inputs, *args, **kwargs) if made is None else made
+
+    def _decoded(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the compiled decoder generates, None where there is none or it does not serve the call."""
+        if not self._tsld_decoder:
+            return None
+        if self._tsld_decoder["place"] != (self.dtype, self.device):  # `.half()` or `.cuda()` came after it
+            self._tsld_decoder.clear()
+            return None
+        from tsld_fx.decode.options import options_of, prompt_of
+
+        prompt = prompt_of(inputs, kwargs)
+        options = None if prompt is None else options_of(self, prompt[0].shape[1], kwargs)
+        decoder: Decoder = self._tsld_decoder["decoder"]
+        if prompt is None or options is None or not decoder.serves(*prompt, options):
+            return None
+        return decoder.generate(*prompt, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweredModel:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_tsld_graph"})
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in _OWN})
+        twin.__dict__["_tsld_decoder"] = {}
         twin.__dict__["_tsld_graph"] = [attach(copy.deepcopy(g.graph), twin, g) for g in self._tsld_graph]
         for ours, theirs in zip(twin._tsld_graph, self._tsld_graph, strict=True):
             ours.meta["place"] = theirs.meta["place"]
@@ -78,7 +128,9 @@ class _Layer:
     in_features: int
 
 
-def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listener | None = None) -> LoweredModel:
+def convert(
+    prepared: PreparedModel, backend: str = "auto", *, activations: str = "a16", listener: Listener | None = None
+) -> LoweredModel:
     """Freeze the scales, pack the weights and lower every quantised linear to tsld::lowbit_linear.
 
     The dequantised weight of each layer equals the trained fake-quantised one bit for bit. The result is a snapshot:
@@ -88,7 +140,11 @@ def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listene
         prepared: what `prepare` returned, trained or not (not trained: post-training quantisation).
         backend: `reference` (plain torch, on any device), `cuda` (the result is moved to a CUDA device, where fp16
             and bf16 activations run low-bit kernels: call `.to(torch.float16)` or `.to(torch.bfloat16)` on it),
-            or `auto`: `cuda` where `prepared` lies on a device that the kernels serve, else `reference`.
+            `cpu` (kernels built by the system's C++ compiler, once), or `auto`: the kernels of the device that
+            `prepared` lies on, or `reference`, with a warning, where they cannot run.
+        activations: how the CPU's kernels take the inputs of a layer; checkpoints record it. `a16`: as two int8 limbs
+            or more, a relative error of at most 1e-4 a layer; `int8`: rounded to 8 bits per row, about 1e-2; `add`:
+            float32 additions and subtractions only, for ternary layers (others run `a16`).
         listener: called after each pass.
 
     Raises:
@@ -99,6 +155,7 @@ def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listene
             f"convert: expected the result of tsld_fx.prepare, got {type(prepared).__name__}. Call prepare first; "
             "tsld_fx.load reads a model that was converted and saved."
         )
+    check_activations(activations, backend)
     check_backend(backend, prepared.device)
     graph_module = prepared.graph_module
     snapshot = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))  # containers of its own
@@ -107,11 +164,11 @@ def convert(prepared: PreparedModel, backend: str = "auto", *, listener: Listene
     modules = {name: _module(layer, _bias(prepared, name)) for name, layer in layers.items()}
     lowered = _clone(prepared, "", modules, {})
     lowered = _as_lowered(lowered, type(prepared).__mro__[2])
-    lowered.config = _config(prepared, modules)
+    lowered.config = _config(prepared, modules, activations)
     attach_quantizer(lowered)
     lowered.__dict__["_tsld_graph"] = [attach(copy.deepcopy(snapshot.graph), lowered, snapshot)]
     lowered._tsld_graph[0].meta["place"] = (lowered.dtype, lowered.device)
-    lowered.__dict__["backend"] = use_backend(lowered, lowered.lowbit_layers(), backend)
+    lowered.__dict__["backend"] = use_backend(lowered, lowered.lowbit_layers(), backend, activations)
     return lowered
 
 
@@ -177,27 +234,27 @@ def lowered_class(base: type[PreTrainedModel]) -> type[LoweredModel]:
 def _as_lowered(model: PreTrainedModel, base: type) -> LoweredModel:
     lowered: LoweredModel = object.__new__(lowered_class(base))
     lowered.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_tsld"})
-    lowered.__dict__["backend"], lowered.__dict__["_tsld_graph"] = "reference", []
+    lowered.__dict__.update(backend="reference", _tsld_graph=[], _tsld_decoder={})
     return lowered
 
 
-def as_lowered(model: PreTrainedModel, backend: str) -> LoweredModel:
+def as_lowered(model: PreTrainedModel, backend: str, activations: str = "a16") -> LoweredModel:
     """Give a packed model that transformers loaded the extra methods of a LoweredModel."""
     lowered = _as_lowered(model, type(model))
-    lowered.__dict__["backend"] = use_backend(lowered, lowered.lowbit_layers(), backend)
+    lowered.__dict__["backend"] = use_backend(lowered, lowered.lowbit_layers(), backend, activations)
     return lowered
 
 
 def _plain(lowered: LoweredModel) -> Any:
     twin: Any = object.__new__(type(lowered).__mro__[2])
-    twin.__dict__.update({k: v for k, v in lowered.__dict__.items() if k not in ("_tsld_graph", "backend")})
+    twin.__dict__.update({k: v for k, v in lowered.__dict__.items() if k not in (*_OWN, "backend")})
     return twin
 
 
-def _config(prepared: PreparedModel, modules: dict[str, LowBitLinear]) -> Any:
+def _config(prepared: PreparedModel, modules: dict[str, LowBitLinear], activations: str) -> Any:
     config = copy.deepcopy(prepared.config)
     del config.tsld_fx
-    quantization = TsldQuantizationConfig.of(prepared.quant_config, modules)
+    quantization = TsldQuantizationConfig.of(prepared.quant_config, modules, activations)
     config.quantization_config = quantization
     head = prepared.get_output_embeddings()
     if any(prepared.get_submodule(name) is head for name in modules):

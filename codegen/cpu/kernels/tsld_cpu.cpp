@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t kRound = 256;  // tokens whose workspace is in use at once
+constexpr int64_t kRound = 256;       // tokens whose workspace is in use at once
+constexpr int64_t kAlone = 1 << 18;   // bytes of codes times tokens that one thread does sooner than several
 
 struct Buffer {
   void* data = nullptr;
@@ -92,7 +93,9 @@ extern "C" {
 // y [tokens, n] = x [tokens, k] W^T + bias on call->threads threads. Returns 0, or 1 when memory ran out.
 int tsld_cpu_linear(const tsld_cpu_call* call) {
   static thread_local Buffer buffer;
-  const int64_t k = tsld_cpu::head(call->weights).k, size = call->dtype == TSLD_CPU_F32 ? 4 : 2;
+  const tsld_cpu::Weights& w = tsld_cpu::head(call->weights);
+  const int64_t size = call->dtype == TSLD_CPU_F32 ? 4 : 2, volume = w.rows * w.k_pad * w.bits / 8 * call->tokens;
+  const unsigned threads = call->pool && volume > kAlone ? static_cast<unsigned>(call->threads) : 1;
   for (int64_t first = 0; first < call->tokens; first += kRound) {
     Round r;
     r.call = call;
@@ -103,11 +106,11 @@ int tsld_cpu_linear(const tsld_cpu_call* call) {
     r.workspace =
         buffer.of(tsld_cpu_workspace_bytes(call->weights, call->level, call->activations, r.tokens));
     if (!r.workspace) return 1;
-    r.quantized = call->threads <= 1 || r.tokens * k < 65536;  // sooner done than a barrier
+    r.quantized = threads <= 1 || r.tokens * w.k < 65536;  // sooner done than a barrier
     if (r.quantized)
       tsld_cpu_quantize(call->weights, call->level, call->activations, r.x, call->dtype, call->ldx, r.tokens,
                         r.workspace, 0, r.tokens);
-    if (call->threads > 1 && call->pool) call->pool->parallel(body, &r, static_cast<unsigned>(call->threads), 0);
+    if (threads > 1) call->pool->parallel(body, &r, threads, 0);
     else work(r, 0, 1, nullptr);
   }
   return 0;

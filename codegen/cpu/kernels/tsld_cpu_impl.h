@@ -122,7 +122,7 @@ void tsld_cpu_multiply(const void* weights, int level, int activations, int64_t 
   const tsld_cpu::Weights& w = tsld_cpu::head(weights);
   const tsld_cpu::Workspace layout(w, level, activations, tokens);
 #ifdef TSLD_CPU_HAS_AMX
-  if (layout.tiles)
+  if (layout.tiles && tsld_cpu_level() == TSLD_CPU_AMX)  // it also asks the system for the tiles
     return tsld_cpu::avx512::multiply_amx(w, layout, workspace, bias, y, dtype, ldy, t0, t1, p0, p1);
 #endif
 #ifdef TSLD_CPU_X86
