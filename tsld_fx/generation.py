@@ -11,7 +11,14 @@ from tsld_fx.model_folders import load_any, load_tokenizer
 
 
 def stream_text(
-    name: str, prompt: str, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    name: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> str:
     """Continue a prompt, printing the text as it comes; returns all of it.
 
@@ -23,8 +30,8 @@ def stream_text(
             f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}: give a temperature of at "
             "least 0, a top_p in (0, 1] and at least one token."
         )
-    model, tokenizer = load_any(name), load_tokenizer(name)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    model, tokenizer = load_any(name, device, dtype), load_tokenizer(name)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     check_prompt(model, inputs["input_ids"].shape[1], max_new_tokens)
     torch.manual_seed(seed)
     options = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from tsld_fx.capture import attach, capture, max_positions
 from tsld_fx.errors import ConfigError
 from tsld_fx.hf_quantizer import TsldHfQuantizer, TsldQuantizationConfig
 from tsld_fx.lowbit_linear import LowBitLinear
+from tsld_fx.model_card import write_card
 from tsld_fx.passes.graph_tools import attribute, calls, module_path
 from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
@@ -83,11 +86,13 @@ class LoweredModel(PreTrainedModel):
         """transformers' generate; over the static cache of `compile_decode` where that serves the call.
 
         Raises:
-            DataError: the prompt is longer than the model has learned positions for.
+            DataError: prompt and new tokens are more than the model has learned positions for.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
-            check_length(self, prompt.shape[1])
+            new = kwargs.get("max_new_tokens") or getattr(kwargs.get("generation_config"), "max_new_tokens", None)
+            length = kwargs.get("max_length") if new is None else prompt.shape[1] + new
+            check_length(self, max(prompt.shape[1], (length or 0) - 1))  # the last token is never fed back
         made = None if args else self._decoded(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs) if made is None else made
 
@@ -106,6 +111,12 @@ class LoweredModel(PreTrainedModel):
         if prompt is None or options is None or not decoder.serves(*prompt, options):
             return None
         return decoder.generate(*prompt, options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers' save_pretrained; a folder without a README.md of its own also gets a model card."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(self.config, Path(save_directory))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoweredModel:
         twin = object.__new__(type(self))

@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from tsld_fx.backends import check_backend
 from tsld_fx.capture import max_positions
 from tsld_fx.checkpoint import from_pretrained, load, read_config, weight_files
 from tsld_fx.config import AffineWeight, QuantConfig
 from tsld_fx.demo import ASSETS
-from tsld_fx.errors import CaptureError, CheckpointError, ConfigError, TsldError
+from tsld_fx.errors import BackendError, CaptureError, CheckpointError, ConfigError, TsldError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, convert
+from tsld_fx.model_card import write_card
 from tsld_fx.prepared import PreparedModel, load_prepared, prepare
 from tsld_fx.runs import whole_folder
 from tsld_fx.text_data import DEMO
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def model_folder(name: str | Path) -> str:
@@ -69,19 +73,45 @@ def load_tokenizer(name: str | Path) -> Any:
         ) from None
 
 
-def load_any(name: str) -> PreTrainedModel:
-    """A float, prepared or converted model, in eval mode; a run's folder stands for the model in it.
+def check_device(device: str, dtype: str | None) -> torch.dtype | None:
+    """Refuse a device that is not there or a dtype that models do not compute in; returns the dtype.
 
     Raises:
-        CheckpointError: not a model, or a damaged one.
+        TsldError: it says what there is.
     """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise BackendError(f"--device {device}: not a device. Give cpu, cuda or cuda:N.") from None
+    if kind not in ("cpu", "cuda"):
+        raise BackendError(f"--device {device}: models run on cpu and cuda here. Give one of these.")
+    check_backend("auto", device)
+    if dtype not in (None, *_DTYPES):
+        raise ConfigError(f"--dtype {dtype}: give one of {', '.join(_DTYPES)}.")
+    return None if dtype is None else _DTYPES[dtype]
+
+
+def load_any(name: str, device: str = "cpu", dtype: str | None = None) -> PreTrainedModel:
+    """A float, prepared or converted model, in eval mode; a run's folder stands for the model in it.
+
+    Args:
+        device: where to put it; a packed model runs the kernels of that device.
+        dtype: `float16` or `bfloat16` instead of float32; a prepared model has no other than float32.
+
+    Raises:
+        TsldError: not a model, a damaged one, or a device or dtype that it cannot have.
+    """
+    wanted = check_device(device, dtype)
     folder = Path(_model_in(name))
     config = read_config(folder) if folder.is_dir() else {}
     if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
-        return load(folder).eval()
+        options: dict[str, Any] = {} if wanted is None else {"dtype": wanted}
+        return load(folder, device=None if device == "cpu" else device, **options).eval()
     if "tsld_fx" in config:
-        return load_prepared(folder).eval()
-    return load_float(str(folder)).eval()
+        if wanted not in (None, torch.float32):
+            raise ConfigError(f"--dtype {dtype}: {name} is not converted, and trains in float32. Convert it first.")
+        return load_prepared(folder).to(device).eval()
+    return load_float(str(folder)).to(device=device, dtype=wanted).eval()
 
 
 def _model_in(name: str | Path) -> str:
@@ -130,8 +160,10 @@ def convert_folder(
     prepared = load_prepared(folder) if trained else _post_training(folder, head_bits)
     tokenizer = load_tokenizer(folder)
     lowered = convert(prepared.eval(), backend)
+    run = Path(folder).parent
     with whole_folder(out) as target:
         lowered.save_pretrained(target)
+        write_card(lowered.config, target, run if (run / "run.yaml").is_file() else None)
         tokenizer.save_pretrained(target)
     return prepared, lowered
 

@@ -43,6 +43,19 @@ def write_json(file: str | Path, data: Any) -> None:
     write_whole(file, json.dumps(data, indent=2) + "\n")
 
 
+def check_file(file: str | Path) -> None:
+    """Refuse a file to write whose place is taken by a folder or cannot be written to, before the work for it is done.
+
+    Raises:
+        CheckpointError: it says what is in the way.
+    """
+    file = Path(file)
+    nearest = next(parent for parent in file.absolute().parents if parent.exists())
+    if file.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "a folder is in its place" if file.is_dir() else f"{nearest} is no folder that can be written to"
+        raise CheckpointError(f"{file}: cannot be written: {what}. Choose another file.")
+
+
 @contextlib.contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
     """A folder to fill; it takes the place of `target` when the block ends well and vanishes when it does not."""

@@ -90,6 +90,10 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps to train.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per device and step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    parallel: Annotated[str | None, typer.Option(help="Under torchrun: ddp | fsdp | pipeline.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Of a pipeline: gpipe | 1f1b | interleaved_1f1b | zero_bubble | zbv.")
+    ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Quantisation-aware training of a low-bit student against its full-precision teacher."""
@@ -102,44 +106,12 @@ def train(
     weight = _weight(bits, scale, granularity, group_size)
     if weight is not None:
         changes["quant"] = {"weight": weight}
+    spread = {k: v for k, v in (("mode", parallel), ("schedule", schedule)) if v is not None}
+    if spread:
+        changes["parallel"] = spread
     settings = _settings(config, model, data, _training(epochs, steps, batch_size, learning_rate), changes)
-    _show_result(recipes.train(settings, out), out)
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Model,
-    text: Annotated[list[str], typer.Option(help="Text to score: files, 'demo' or a datasets name. Repeatable.")],
-    split: Annotated[str, typer.Option(help="Split of a data set or of the demo.")] = "test",
-    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    stride: Annotated[int | None, typer.Option(help="Move windows by this many tokens (default: no overlap).")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
-) -> None:
-    """Perplexity of a float, prepared or converted model."""
-    from tsld_fx import perplexity as scoring
-    from tsld_fx.model_folders import check_window, load_any, load_tokenizer
-    from tsld_fx.task_data import holds_tasks
-    from tsld_fx.text_data import read_documents, tokenize
-
-    if holds_tasks(text):
-        _evaluate_tasks(model, text, length, batch_size)
-        return
-    documents = read_documents(text, split)
-    loaded, tokenizer = load_any(model), load_tokenizer(model)
-    check_window(length, loaded)
-    result = scoring.perplexity(
-        loaded,
-        tokenize(documents, tokenizer),
-        length,
-        stride=stride,
-        batch_size=batch_size,
-        progress="perplexity",
-    )
-    windows = "without overlap" if stride is None else f"moved by {stride}"
-    console.print(
-        f"perplexity {result.perplexity:.4f}   loss {result.loss:.5f} nats   {result.tokens} tokens scored, "
-        f"windows of {length} {windows}"
-    )
+    if result := recipes.train(settings, out):  # under torchrun one process has it
+        _show_result(result, out)
 
 
 @app.command()
@@ -168,11 +140,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: greedy; above: sampling.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32 | float16 | bfloat16 (default: the model's).")] = None,
 ) -> None:
     """Continue a prompt, printing text as it comes."""
     from tsld_fx.generation import stream_text
 
-    stream_text(model, prompt, max_new_tokens, temperature, top_p, seed)
+    stream_text(model, prompt, max_new_tokens, temperature, top_p, seed, device, dtype)
 
 
 @app.command()
@@ -218,9 +192,11 @@ def compare(
 
     table = run(read_yaml(config), out, jobs=jobs)
     splits = list(table["perplexity"]["teacher"])
-    shown = Table("method", *(f"{s} perplexity" for s in splits), title=str(config))
+    shown = Table("method", *map(_column, splits), title=str(config))
     for name, values in table["perplexity"].items():
-        shown.add_row(name, *(f"{values[s]:.2f}" for s in splits))
+        spread = table.get("spread", {}).get(name, {})
+        cells = (_cell(s, values[s]) + (f" ± {_cell(s, spread[s])}" if spread else "") for s in splits)
+        shown.add_row(name, *cells)
     console.print(shown)
     console.print(f"table.json, plots and the runs are in {out}")
 

@@ -58,13 +58,15 @@ def _quiet_transformers() -> None:
 def main() -> None:
     """Run the command line; the exit code is 0, 2 for a mistake in the input, 130 for Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tsld_fx.cli import analyze, commands, export  # noqa: F401  (registers them)
+    from tsld_fx.cli import analyze, commands, evaluate, export  # noqa: F401  (registers them)
 
     try:
         app()
     except (TsldError, PermissionError, IsADirectoryError, FileExistsError) as error:
         if _options["traceback"]:
             raise
+        if getattr(error, "told_elsewhere", False):  # the process that failed prints it
+            sys.exit(2)
         message = " ".join(str(error).split())
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)

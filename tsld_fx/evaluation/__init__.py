@@ -1,1 +1,1 @@
-"""Task scores of a model with lm_eval: `tsld-fx evaluate`."""
+"""Task scores of a model with lm_eval: what `tsld-fx evaluate` is made of."""
