@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tsld_fx.relax
-from tests.models import ternary
+from tests.relax.reference_models import reference
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def program_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             folder = tmp_path_factory.mktemp(family)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("TSLD_CACHE_DIR", str(folder / "cache"))
-                _, lowered = ternary(family)
+                lowered = reference(family)
                 made[family] = tsld_fx.relax.compile(lowered, folder / "program", runtime=True)
         return made[family]
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tsld_fx.relax
-from tests.models import POSITIONS, VOCABULARY, ids, left_padded, ternary
+from tests.models import POSITIONS, VOCABULARY, ids, left_padded
+from tests.relax.reference_models import reference
 
 FOUR = ("gpt2", "opt", "gpt_neo", "llama")
 ProgramOf = Callable[[str], Path]
@@ -27,7 +28,7 @@ def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", FOUR)
 def test_logits_equal_torch_for_any_batch_and_length(family: str, program_of: ProgramOf) -> None:
-    _, lowered = ternary(family)
+    lowered = reference(family)
     program = tsld_fx.relax.load(program_of(family))
     for batch, tokens in ((2, 9), (1, 1), (3, POSITIONS)):
         x = ids(batch, tokens, seed=tokens)
@@ -42,7 +43,7 @@ def test_logits_equal_torch_for_any_batch_and_length(family: str, program_of: Pr
 
 @pytest.mark.parametrize("family", FOUR)
 def test_generation_equals_transformers(family: str, program_of: ProgramOf) -> None:
-    _, lowered = ternary(family)
+    lowered = reference(family)
     program = tsld_fx.relax.load(program_of(family))
     x, mask = left_padded((9, 5, 3), seed=3)
     for prompt, attended in ((x, mask), (ids(1, 4, seed=1), None), (ids(2, 1, seed=2), None)):
@@ -52,7 +53,7 @@ def test_generation_equals_transformers(family: str, program_of: ProgramOf) -> N
 
 
 def test_weights_stay_packed(program_of: ProgramOf) -> None:
-    _, lowered = ternary("llama")
+    lowered = reference("llama")
     manifest = json.loads((program_of("llama") / "manifest.json").read_text())
     stored = {entry["name"]: entry for entry in manifest["weights"]}
     for name, layer in lowered.lowbit_layers().items():
@@ -89,7 +90,7 @@ def test_runs_without_torch_and_without_tvm(program_of: ProgramOf, tmp_path: Pat
         assert bare(["-c", f"import {package}"], environment).returncode != 0
     folder = tmp_path / "copied"
     shutil.copytree(program_of("llama"), folder)
-    _, lowered = ternary("llama")
+    lowered = reference("llama")
     prompt = ids(1, 5, seed=9)
     expected = lowered.generate(prompt, max_new_tokens=10, do_sample=False)[0].tolist()
     text = " ".join(map(str, prompt[0].tolist()))
@@ -104,7 +105,7 @@ def test_runs_without_torch_and_without_tvm(program_of: ProgramOf, tmp_path: Pat
 def test_second_compilation_takes_the_library_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tvm
 
-    _, lowered = ternary("llama")
+    lowered = reference("llama")
     first = tsld_fx.relax.compile(lowered, tmp_path / "first", generation=False, batch=1, tokens=4)
     monkeypatch.setattr(tvm, "compile", None)  # not called again
     second = tsld_fx.relax.compile(lowered, tmp_path / "second", generation=False, batch=1, tokens=4)

@@ -1,4 +1,4 @@
-"""A program folder that is not whole or not for this machine, inputs that do not fit it: one error, nothing half-done."""
+"""Program folders that are not whole or not for this machine, inputs that do not fit: one error, nothing half-done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import tsld_fx.relax
-from tests.models import ids, ternary
+from tests.models import ids
+from tests.relax.reference_models import reference
 from tsld_fx.errors import CheckpointError, ConfigError, DataError
 from tsld_fx.relax import build_program
 
@@ -22,7 +23,7 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("static")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TSLD_CACHE_DIR", str(folder / "cache"))
-        return tsld_fx.relax.compile(ternary("llama")[1], folder / "program", generation=False, batch=2, tokens=5)
+        return tsld_fx.relax.compile(reference("llama"), folder / "program", generation=False, batch=2, tokens=5)
 
 
 def changed(source: Path, target: Path, **changes: Any) -> Path:
@@ -93,7 +94,7 @@ def test_failure_leaves_the_old_program_and_nothing_else(
     monkeypatch.setattr(build_program, "signatures", broken)
     monkeypatch.setattr(build_program, "build_library", lambda module, where: b"code")
     with pytest.raises(KeyboardInterrupt):
-        tsld_fx.relax.compile(ternary("llama")[1], folder, generation=False, batch=2, tokens=5)
+        tsld_fx.relax.compile(reference("llama"), folder, generation=False, batch=2, tokens=5)
     assert (folder / "manifest.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["program"]
 
@@ -101,7 +102,7 @@ def test_failure_leaves_the_old_program_and_nothing_else(
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(ConfigError, match="is no program folder"):
-        tsld_fx.relax.compile(ternary("llama")[1], tmp_path)
+        tsld_fx.relax.compile(reference("llama"), tmp_path)
     with pytest.raises(ConfigError, match="expected a lowered model or a Relax IRModule, got dict"):
         tsld_fx.relax.compile({}, tmp_path / "new")
     assert not (tmp_path / "new").exists()

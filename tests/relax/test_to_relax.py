@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tsld_fx
-from tests.models import POSITIONS, build, ids, ternary
+from tests.models import POSITIONS, build, ids
+from tests.relax.reference_models import prepared, reference
 from tsld_fx import AffineWeight, QuantConfig
 from tsld_fx.errors import BackendError, ConfigError
 from tsld_fx.relax import tvm_import
@@ -28,7 +29,7 @@ def run(module: object, *inputs: Tensor) -> Tensor:
 
 
 def test_every_lowbit_linear_is_a_scheduled_primfunc() -> None:
-    _, lowered = ternary("llama")
+    lowered = reference("llama")
     module = tsld_fx.to_relax(lowered, bind_params=False)
     from tvm.tirx import PrimFunc
 
@@ -48,7 +49,7 @@ def test_static_sizes_mixed_formats_and_bound_weights() -> None:
         "model.layers.1.self_attn.*": AffineWeight(bits=8, symmetric=True),
         "lm_head": AffineWeight(bits=8),
     }
-    lowered = tsld_fx.convert(tsld_fx.prepare(build("llama"), QuantConfig(overrides=overrides)))
+    lowered = tsld_fx.convert(tsld_fx.prepare(build("llama"), QuantConfig(overrides=overrides)), backend="reference")
     module = tsld_fx.to_relax(lowered, batch=2, tokens=7)
     script = module.script()
     assert all(name in script for name in ("lowbit_w4_44x32_g4_z_m14", "lowbit_w8_97x32_z_m14"))
@@ -88,13 +89,13 @@ def test_absent_or_other_tvm_names_the_extra(version: str | None, text: str, mon
 
     monkeypatch.setattr(tvm_import, "version", find)
     with pytest.raises(BackendError, match=rf"{text}.*pip install 'tsld-fx\[tvm\]'"):
-        tsld_fx.to_relax(ternary("llama")[1])
+        tsld_fx.to_relax(reference("llama"))
 
 
 def test_refusals_come_before_any_work() -> None:
-    prepared, lowered = ternary("llama")
+    lowered = reference("llama")
     with pytest.raises(ConfigError, match=r"expected a lowered model.*convert"):
-        tsld_fx.to_relax(prepared)
+        tsld_fx.to_relax(prepared("llama"))
     with pytest.raises(ConfigError, match=rf"tokens={POSITIONS + 1} must lie in \[1, {POSITIONS}\]"):
         tsld_fx.to_relax(lowered, tokens=POSITIONS + 1)
     with pytest.raises(BackendError, match="target='metal' is not known"):

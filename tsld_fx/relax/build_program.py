@@ -21,6 +21,7 @@ from tsld_fx.errors import ConfigError
 from tsld_fx.lowered import LoweredModel
 from tsld_fx.relax.cpu_target import CpuTarget, cpu_target
 from tsld_fx.relax.generation import step_functions
+from tsld_fx.relax.importer_fixes import Converter
 from tsld_fx.relax.program_cache import build_library
 from tsld_fx.relax.run import FORMAT
 from tsld_fx.relax.translate import PARAMETER_NAMES, export_lowered, parameters_of, program_to_relax
@@ -117,7 +118,7 @@ def _for_cuda(
 
     def imported(program: ExportedProgram) -> Any:
         matmuls.layers.update(kernel_layouts(program, model))
-        converters = {"lowbit_linear.default": matmuls.lowbit_linear}
+        converters: dict[str, Converter] = {"lowbit_linear.default": matmuls.lowbit_linear}
         return program_to_relax(program, None, bind_params=True, converters=converters)
 
     parts = _parts(model, imported, generation, batch, tokens)
@@ -294,4 +295,4 @@ def signatures(module: Any) -> dict[str, Any]:
 
 def _input(value: Any) -> dict[str, Any]:
     shape = [int(size.value) if hasattr(size, "value") else str(size) for size in value.ty.shape]
-    return {"name": value.name_hint, "dtype": str(value.ty.dtype), "shape": shape}
+    return {"name": str(value.name), "dtype": str(value.ty.dtype), "shape": shape}

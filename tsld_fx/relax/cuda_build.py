@@ -21,8 +21,8 @@ from tsld_fx.relax.cuda_kernels import CudaMatmuls, build_object
 _STUB = """
 #define S(n) int n() { return 100; }
 S(cuInit) S(cuCtxGetCurrent) S(cuCtxSetCurrent) S(cuDeviceGet) S(cuDeviceGetName) S(cuDevicePrimaryCtxRetain)
-S(cuFuncSetAttribute) S(cuLaunchKernel) S(cuLaunchKernelEx) S(cuLibraryGetKernel) S(cuLibraryLoadData) S(cuLibraryUnload)
-S(cuModuleGetFunction) S(cuModuleLoadData) S(cuModuleUnload) S(cuTensorMapEncodeTiled)
+S(cuFuncSetAttribute) S(cuLaunchKernel) S(cuLaunchKernelEx) S(cuLibraryGetKernel) S(cuLibraryLoadData)
+S(cuLibraryUnload) S(cuModuleGetFunction) S(cuModuleLoadData) S(cuModuleUnload) S(cuTensorMapEncodeTiled)
 int cuGetErrorName(int e, const char** p) { *p = "CUDA_ERROR_NO_DEVICE"; return 0; }
 int cuGetErrorString(int e, const char** p) { *p = "no CUDA driver on this machine"; return 0; }
 """

@@ -107,8 +107,10 @@ def kernel_layouts(program: Any, lowered: Any) -> dict[str, KernelWeights]:
             except BackendError as error:
                 raise BackendError(f"compile: {path}: {error}") from None
             parts = (layer.weight_packed, layer.weight_scale, layer.weight_zero)
-            on_host = [None if part is None else part.cpu() for part in parts]
-            found[spec.arg.name] = to_kernel_layout(*on_host, layer.bits, layer.group_size, layer.in_features)
+            packed, scales, zeros = (None if part is None else part.cpu() for part in parts)
+            found[spec.arg.name] = to_kernel_layout(
+                packed, scales, zeros, layer.bits, layer.group_size, layer.in_features
+            )
     return found
 
 

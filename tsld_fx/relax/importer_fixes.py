@@ -35,7 +35,9 @@ def slice_in_bounds(node: fx.Node, importer: Any) -> Any:
     """
     from tvm import ir, relax
 
-    x, dim, start, end, step = [*node.args, *(None, 0, None, None, 1)[len(node.args) :]]
+    given: list[Any] = list(node.args)
+    defaults: list[Any] = [None, 0, None, None, 1]
+    x, dim, start, end, step = given + defaults[len(given) :]
     if end is None or not any(isinstance(value, fx.Node) for value in (start, end, step)):
         return importer._slice(node)
     start, end, step = (importer.env[v] if isinstance(v, fx.Node) else v for v in (start, end, step))

@@ -26,7 +26,8 @@ class CpuMatmuls:
         before: lowbit_linear(x [..., in], packed, ...)
         after:  reshape(call_tir(lowbit_w2_NxK, x [m, in] as float32, packed, scales, [zeros], [bias]), [..., out])
         """
-        x, packed, scales, zeros, bias = (None if a is None else importer.env[a] for a in node.args[:5])
+        found: list[Any] = [None if a is None else importer.env[a] for a in node.args[:5]]
+        x, packed, scales, zeros, bias = found
         bits, group_size, in_features = node.args[5:8]
         weights = [w for w in (packed, scales, zeros) if w is not None]
         out_features = int(packed.ty.shape[0])
@@ -35,7 +36,8 @@ class CpuMatmuls:
 
     def linear(self, node: fx.Node, importer: Any) -> Any:
         """aten.linear(x, weight, bias) with a float32 weight; TVM's own lowering of it has no schedule."""
-        x, weight, bias = (importer.env[a] if a is not None else None for a in (*node.args, None)[:3])
+        found: list[Any] = [None if a is None else importer.env[a] for a in (*node.args, None)[:3]]
+        x, weight, bias = found
         if str(weight.ty.dtype) != "float32" or len(weight.ty.shape) != 2:
             return importer._linear(node)
         out_features, in_features = (int(size) for size in weight.ty.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import KernelBuildError
 from tsld_fx.errors import BackendError
 from tsld_fx.relax.cpu_target import CpuTarget
-from tsld_fx.relax.tvm_import import check_tvm
+from tsld_fx.relax.tvm_import import check_tvm, load_tvm
 
 
 @dataclass(frozen=True)
 class TvmCompiler:
-    """TVM as a compiler for `KernelCache`: the source is a module's script, the result a shared library."""
+    """TVM as a compiler for `KernelCache`: the source is a module's script, the result a shared library.
 
-    module: Any
+    make: gives the module; called when the cache has not got it.
+    """
+
+    make: Callable[[], Any]
     where: CpuTarget
 
     @property
@@ -39,13 +43,14 @@ class TvmCompiler:
         Raises:
             BackendError: TVM refuses the module, or there is no linker.
         """
+        load_tvm()
         import tvm
 
         from tsld_fx.relax.cpu_pipeline import cpu_pipeline
 
         where = self.where.tvm()
         try:
-            built = tvm.compile(self.module, target=where, relax_pipeline=cpu_pipeline(where))
+            built = tvm.compile(self.make(), target=where, relax_pipeline=cpu_pipeline(where))
         except Exception as error:
             raise BackendError(f"compile: TVM does not compile the module for {target}: {_last_line(error)}") from error
         with tempfile.TemporaryDirectory(prefix="tsld-tvm-") as folder:
@@ -67,7 +72,7 @@ def build_library(module: Any, where: CpuTarget) -> bytes:
     """
     source, target = describe(module), f"llvm {where.mcpu} {where.machine}"
     try:
-        return KernelCache.default().get_or_build(source, target, TvmCompiler(module, where))[0]
+        return KernelCache.default().get_or_build(source, target, TvmCompiler(lambda: module, where))[0]
     except KernelBuildError as error:
         raise BackendError(str(error)) from error
 

@@ -120,7 +120,7 @@ class Program:
     def _start(self) -> Any:
         library = self._ffi.load_module(str((self.folder / "model.so").resolve()))
         machine = library["vm_load_executable"]()
-        devices = (_CPU, 0, _POOLED)
+        devices: tuple[int, ...] = (_CPU, 0, _POOLED)
         if self.device != "cpu":
             devices = (_CUDA, int(self.device.partition(":")[2] or 0), _POOLED, *devices)
         try:
@@ -146,14 +146,15 @@ class Program:
         return found
 
     def _to_device(self, array: np.ndarray) -> Any:
-        tensor = self._ffi.from_dlpack(array)
-        if self.device == "cpu":
-            return tensor
-        index = int(self.device.partition(":")[2] or 0)
-        empty = self._ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-        copied = empty(self._ffi.Shape(array.shape), tensor.dtype, self._ffi.device("cuda", index), None)
-        self._ffi.get_global_func("runtime.TVMTensorCopyFromTo")(tensor, copied)
-        return copied
+        if self.device == "cpu" and array.size:
+            return self._ffi.from_dlpack(array)
+        kind, _, index = self.device.partition(":")
+        allocate = self._ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        dtype = self._ffi.dtype(str(array.dtype))
+        made = allocate(self._ffi.Shape(array.shape), dtype, self._ffi.device(kind, int(index or 0)), None)
+        if array.size:  # what has no elements has strides in numpy that TVM does not call compact
+            self._ffi.get_global_func("runtime.TVMTensorCopyFromTo")(self._ffi.from_dlpack(array), made)
+        return made
 
     def _to_host(self, tensor: Any) -> np.ndarray:
         if self.device == "cpu":
@@ -304,7 +305,7 @@ def _load_runtime(folder: Path, manifest: dict[str, Any], cuda: bool) -> Any:
         wanted = manifest["versions"]["apache-tvm-ffi"]
         raise ProgramError(f"{folder}: apache-tvm-ffi is missing. `pip install apache-tvm-ffi=={wanted}`.") from error
     for name in ("libtvm_runtime.so", *(["libtvm_runtime_cuda.so"] if cuda else [])):
-        path = next((p for p in (_installed_library(name), folder / name) if p is not None and p.is_file()), None)
+        path = next((p for p in (installed_library(name), folder / name) if p is not None and p.is_file()), None)
         if path is None:
             raise ProgramError(
                 f"{folder}: {name} is neither in the folder nor in an installed apache-tvm. Compile with runtime=True, "
@@ -317,7 +318,7 @@ def _load_runtime(folder: Path, manifest: dict[str, Any], cuda: bool) -> Any:
     return tvm_ffi
 
 
-def _installed_library(name: str) -> Path | None:
+def installed_library(name: str) -> Path | None:
     spec = importlib.util.find_spec("tvm")  # finds, does not import
     return Path(spec.origin).parent / "lib" / name if spec is not None and spec.origin else None
 
