@@ -60,7 +60,7 @@ def _kernel(spec: KernelSpec, config: GemmConfig, device: int) -> LoadedKernel:
 
 
 @lru_cache(maxsize=64)
-def _device_facts(index: int) -> tuple[str, int]:
+def device_facts(index: int) -> tuple[str, int]:
     """-> (target to build for, number of multiprocessors). Raises for devices that no kernel serves."""
     properties = torch.cuda.get_device_properties(index)
     capability = properties.major * 10 + properties.minor
@@ -96,7 +96,7 @@ class LowBitGemm:
 
     def __init__(self, weights: KernelWeights, device: torch.device, target: str | None = None) -> None:
         self.device = device
-        native, self._multiprocessors = _device_facts(device.index)
+        native, self._multiprocessors = device_facts(device.index)
         self._target = target or native
         self.weights = weights
         self._overlap = self.spec("fp16").capability >= 90  # the code for sm_80 does not wait for earlier kernels
@@ -115,7 +115,7 @@ class LowBitGemm:
     ) -> LowBitGemm:
         """Take one layer in the canonical packed format (see `layout`) to `device`, in kernel layout."""
         where = _cuda_device(device)
-        _device_facts(where.index)
+        device_facts(where.index)
         try:
             parts = [None if t is None else t.detach().to(where) for t in (packed, scales, zeros)]
             assert parts[0] is not None and parts[1] is not None

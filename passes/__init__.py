@@ -13,40 +13,53 @@
 | FreezeScales | fake_quant(W, learned scale) -> fake_quant(W, constant scale) |
 | PackWeights | fake_quant(W, scale) -> dequantize_weight(packed, scale) |
 | LowerLinear | linear(x, dequantize_weight(packed, scale)) -> lowbit_linear(x, packed, scale) |
+| FuseRMSNorm | weight * (s * rsqrt(mean(s^2) + eps)), s = a + b -> add_rms_norm(a, b, weight, eps) |
+| FuseGatedActivation | silu(gate) * up -> silu_mul(gate, up) |
+| InsertKVCache | scaled_dot_product_attention(rotary(q), rotary(k), v, mask) -> cached_attention(q, k, v, cache) |
+| SelectLastToken | head(hidden) -> head(hidden[:, last]) |
 | FuseProjections | lowbit_linear(x, Wq), lowbit_linear(x, Wk), ... -> split(lowbit_linear(x, [Wq; Wk; ...])) |
 """
 
 from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
+from tsld_fx.passes.fuse_gated_activation import FuseGatedActivation
 from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
 from tsld_fx.passes.fuse_projections import FuseProjections
+from tsld_fx.passes.fuse_rms_norm import FuseRMSNorm
 from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
 from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
 from tsld_fx.passes.insert_fake_quant import InsertFakeQuant
+from tsld_fx.passes.insert_kv_cache import InsertKVCache
 from tsld_fx.passes.lower_linear import LowerLinear
 from tsld_fx.passes.pack_weights import PackWeights
-from tsld_fx.passes.pipelines import capture_pipeline, convert_pipeline, prepare_pipeline
+from tsld_fx.passes.pipelines import capture_pipeline, convert_pipeline, decode_pipeline, prepare_pipeline
 from tsld_fx.passes.retarget_device import RetargetDevice
 from tsld_fx.passes.runner import PassTrace, run_passes
+from tsld_fx.passes.select_last_token import SelectLastToken
 from tsld_fx.passes.set_dropout import SetDropout
 
 __all__ = [
     "DropMetadataAsserts",
     "FoldTransposedLinear",
     "FreezeScales",
+    "FuseGatedActivation",
     "FuseHeadLoss",
     "FuseProjections",
+    "FuseRMSNorm",
     "InlineHigherOrderOps",
     "InsertDistillationHooks",
     "InsertFakeQuant",
+    "InsertKVCache",
     "LowerLinear",
     "PackWeights",
     "PassTrace",
     "RetargetDevice",
+    "SelectLastToken",
     "SetDropout",
     "capture_pipeline",
     "convert_pipeline",
+    "decode_pipeline",
     "prepare_pipeline",
     "run_passes",
 ]

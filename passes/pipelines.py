@@ -8,9 +8,13 @@ from tsld_fx.config import QuantConfig
 from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
+from tsld_fx.passes.fuse_gated_activation import FuseGatedActivation
+from tsld_fx.passes.fuse_projections import FuseProjections
+from tsld_fx.passes.fuse_rms_norm import FuseRMSNorm
 from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
 from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
 from tsld_fx.passes.insert_fake_quant import InsertFakeQuant
+from tsld_fx.passes.insert_kv_cache import InsertKVCache
 from tsld_fx.passes.lower_linear import LowerLinear
 from tsld_fx.passes.pack_weights import PackWeights
 from tsld_fx.passes.set_dropout import SetDropout
@@ -43,4 +47,17 @@ def convert_pipeline() -> tuple[PassBase, ...]:
         FreezeScales(),  # the learned and the found scales become constants
         PackWeights(),  # codes, two to eight bits each
         LowerLinear(),  # last: it needs to see the whole of linear(x, dequantize_weight(...))
+    )
+
+
+def decode_pipeline(batch: int, length: int, scratch: int = 0, fuse: bool = True) -> tuple[PassBase, ...]:
+    """Lowered graph with position_ids -> graph that computes new tokens over a static KV cache."""
+    fusing = (
+        FuseProjections(),  # before the cache, which looks through views of a product, not through products
+        FuseRMSNorm(),
+        FuseGatedActivation(),
+    )
+    return (
+        *(fusing if fuse else ()),
+        InsertKVCache(batch, length, scratch),  # last: it also removes the mask and what computes it
     )

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from tsld_fx.errors import BackendError, CheckpointError, ConfigError
 from tsld_fx.lowbit_linear import LowBitLinear
-from tsld_fx.lowered import LoweredModel, _as_lowered, _clone
+from tsld_fx.lowered import _OWN, LoweredModel, _as_lowered, _clone
 from tsld_fx.runs import whole_folder
 from tsld_fx.runtime_linear import RuntimeLinear, open_library
 from tsld_fx.runtime_quantizer import TsldRuntimeConfig, TsldRuntimeQuantizer
@@ -178,7 +178,7 @@ def _save_model(
     cloned = _clone(lowered, "", replaced, {})
     base: Any = type(lowered).__mro__[2]
     twin: PreTrainedModel = object.__new__(base)
-    twin.__dict__.update({k: v for k, v in cloned.__dict__.items() if k not in ("_tsld_graph", "backend", "_decoder")})
+    twin.__dict__.update({k: v for k, v in cloned.__dict__.items() if k not in (*_OWN, "backend")})
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

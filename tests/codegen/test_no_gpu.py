@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tsld_fx.codegen import LowBitGemm
-from tsld_fx.codegen.cuda_gemm import _device_facts
+from tsld_fx.codegen.cuda_gemm import device_facts
 from tsld_fx.errors import BackendError
 
 
@@ -34,10 +34,10 @@ def test_gpu_that_is_too_old(monkeypatch) -> None:
         name, major, minor, multi_processor_count = "T4", 7, 5, 40
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Turing())
-    _device_facts.cache_clear()
+    device_facts.cache_clear()
     with pytest.raises(BackendError, match=r"compute capability 7\.5"):
-        _device_facts(7)
-    _device_facts.cache_clear()
+        device_facts(7)
+    device_facts.cache_clear()
 
 
 def test_no_driver() -> None:

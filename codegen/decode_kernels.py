@@ -1,0 +1,196 @@
+"""The kernels between the products of a decoding step: RMSNorm, gated activation, attention over a static cache.
+
+Each is rendered, built and cached as the products are. `supported` functions say for which tensors a kernel exists;
+elsewhere the operators of `tsld_fx.decode.ops` compute in plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tsld_fx.codegen.cache import KernelCache
+from tsld_fx.codegen.compiler import find_compiler
+from tsld_fx.codegen.cuda_gemm import device_facts
+from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
+from tsld_fx.codegen.render import environment
+
+Kind = Literal["rms_norm", "silu_mul", "attention"]
+DTYPES = {torch.float16: "Fp16", torch.bfloat16: "Bf16"}
+HEAD_DIMS = (8, 16, 32, 64, 128, 256)
+THREADS = {"rms_norm": 256, "silu_mul": 128, "attention": 128}
+_MOST_ROWS = 8  # query heads that one block computes together
+_BLOCKS_PER_SM = 2
+_LEAST_KEYS = 64  # cached positions for which a share of its own pays
+
+
+class NormParams(ctypes.Structure):
+    """Mirrors `decode_elementwise.cuh`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "sum", "y")),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class GateParams(ctypes.Structure):
+    """Mirrors `decode_elementwise.cuh`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "y")),
+        *((name, ctypes.c_int64) for name in ("gate_stride", "up_stride", "rows")),
+        ("columns", ctypes.c_int),
+    ]
+
+
+class AttentionParams(ctypes.Structure):
+    """Mirrors `decode_attention.cuh`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "positions", "key_cache", "value_cache")),
+        *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "length", "splits")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def render(kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0) -> tuple[str, str]:
+    """-> (source, name of the kernel). Pure."""
+    shape = f"_d{head_dim}_r{rows}" if kind == "attention" else ""
+    name = f"tsld_{kind}_{DTYPES[dtype].lower()}{shape}"
+    source = environment().get_template("decode.cu.j2").render(
+        title=f"Decoding step: {kind}", name=name, kind=kind, type=DTYPES[dtype], head_dim=head_dim, rows=rows,
+        threads=THREADS[kind],
+    )  # fmt: skip
+    return source, name
+
+
+@lru_cache(maxsize=64)
+def _kernel(kind: Kind, dtype: torch.dtype, head_dim: int, rows: int, device: int) -> tuple[LoadedKernel, bool]:
+    """-> (kernel, whether launches may overlap)."""
+    target, _ = device_facts(device)
+    ensure_context(device)
+    source, name = render(kind, dtype, head_dim, rows)
+    binary, _ = KernelCache.default().get_or_build(source, target, find_compiler())
+    return load_kernel(binary, name, THREADS[kind]), int(target.split("_")[1].rstrip("a")) >= 90
+
+
+def _launch(
+    kind: Kind, like: Tensor, grid: tuple[int, int, int], params: ctypes.Structure, head_dim: int = 0, rows: int = 0
+) -> None:
+    index = like.device.index
+    kernel, overlap = _kernel(kind, like.dtype, head_dim, rows, index)
+    with torch.cuda.device(index):
+        stream = torch.cuda.current_stream(index).cuda_stream
+        kernel.launch(grid, 0, [params], stream, overlap=overlap)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    return all(t.data_ptr() % 16 == 0 and t.stride(-1) == 1 for t in tensors)
+
+
+def norm_supported(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` has a kernel: fp16 or bf16, whole 16-byte vectors."""
+    return x.dtype in DTYPES and weight.dtype == x.dtype and x.shape[-1] % 8 == 0 and x.numel() > 0
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """-> (y, x + residual or None), both of x's shape."""
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    y, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    pointers = (None if t is None else t.data_ptr() for t in (x, residual, weight, total, y))
+    _launch("rms_norm", x, (rows, 1, 1), NormParams(*pointers, rows, columns, eps))
+    return y, total
+
+
+def gate_supported(gate: Tensor, up: Tensor) -> bool:
+    """Whether `silu_mul` has a kernel: fp16 or bf16, rows of whole 16-byte vectors at one distance."""
+    return (
+        gate.dtype in DTYPES and up.dtype == gate.dtype and gate.shape == up.shape and gate.shape[-1] % 8 == 0
+        and gate.numel() > 0 and _aligned(gate, up) and all(_row_stride(t) % 8 == 0 for t in (gate, up))
+    )  # fmt: skip
+
+
+def _row_stride(t: Tensor) -> int:
+    """Elements between rows of the last dimension, 1 (no multiple of 8) where they differ."""
+    if t.numel() == t.shape[-1]:
+        return t.shape[-1]
+    try:
+        return t.view(-1, t.shape[-1]).stride(0)
+    except RuntimeError:
+        return 1
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, contiguous."""
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    columns = gate.shape[-1]
+    rows = y.numel() // columns
+    params = GateParams(gate.data_ptr(), up.data_ptr(), y.data_ptr(), _row_stride(gate), _row_stride(up), rows, columns)
+    blocks = min(-(-rows * columns // 8 // THREADS["silu_mul"]), 1 << 16)
+    _launch("silu_mul", gate, (blocks, 1, 1), params)
+    return y
+
+
+def heads_per_block(heads: int, kv_heads: int) -> int:
+    """Query heads that one block computes with the same keys and values."""
+    shared = heads // kv_heads
+    return max(r for r in range(1, _MOST_ROWS + 1) if shared % r == 0)
+
+
+def attention_splits(batch: int, heads: int, kv_heads: int, length: int, multiprocessors: int) -> int:
+    """Blocks that share the cached positions of one head: enough to fill the machine."""
+    units = batch * heads // heads_per_block(heads, kv_heads)
+    return max(1, min(-(-_BLOCKS_PER_SM * multiprocessors // units), length // _LEAST_KEYS))
+
+
+def scratch_floats(batch: int, heads: int, kv_heads: int, head_dim: int, length: int, multiprocessors: int) -> int:
+    """float32 values that `attention` needs: counters (zero) first, then the shares' results."""
+    rows, most = heads_per_block(heads, kv_heads), 0
+    for b in range(1, batch + 1):
+        units = b * heads // rows
+        splits = attention_splits(b, heads, kv_heads, length, multiprocessors)
+        most = max(most, units * splits * rows * (head_dim + 2))
+    return batch * heads + most
+
+
+def attention_supported(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> bool:
+    """Whether `attention` has a kernel: one token, fp16 or bf16, a head size of HEAD_DIMS."""
+    tensors = [t for t in (q, k, v, cos, sin) if t is not None]
+    return (
+        q.shape[1] == 1 and q.dtype in DTYPES and q.shape[3] in HEAD_DIMS and q.shape[0] > 0
+        and all(t.dtype == q.dtype for t in tensors) and _aligned(q, k, v)
+        and all(t.stride(2) == t.shape[3] and t.stride(0) % 8 == 0 for t in (q, k, v))
+    )  # fmt: skip
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor,
+    key_cache: Tensor, value_cache: Tensor, scratch: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """q [B, 1, heads, D], k and v [B, 1, kv_heads, D], caches [>= B, kv_heads, L, D] -> [B, 1, heads, D]."""
+    batch, _, heads, head_dim = q.shape
+    kv_heads, length = k.shape[2], key_cache.shape[2]
+    rows = heads_per_block(heads, kv_heads)
+    splits = attention_splits(batch, heads, kv_heads, length, device_facts(q.device.index)[1])
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tables = [None if t is None else t.contiguous() for t in (cos, sin)]
+    positions = positions.contiguous()
+    counters = key_cache.shape[0] * heads
+    params = AttentionParams(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *(None if t is None else t.data_ptr() for t in tables),
+        positions.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr(),
+        scratch.data_ptr() + 4 * counters, scratch.data_ptr(),
+        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, splits, scale,
+    )  # fmt: skip
+    _launch("attention", q, (batch * heads // rows, splits, 1), params, head_dim, rows)
+    return out

@@ -1,0 +1,134 @@
+"""Decoding on a GPU: each kernel against its operator in plain torch, and whole models under CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import POSITIONS, build, ids, left_padded
+from tsld_fx import LoweredModel, convert, prepare
+from tsld_fx.codegen import decode_kernels as kernels
+from tsld_fx.decode import Decoder, ops
+from tsld_fx.decode.options import Options
+from tsld_fx.decode.select import Selection
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SIZES = {
+    "llama": {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32},
+    "qwen3": {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32},
+    "gpt2": {"n_embd": 64},
+    "opt": {"hidden_size": 64, "ffn_dim": 160},
+}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 1, 4096), (2, 5, 1000), (1, 1, 11008)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, other, weight = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype)
+    expected = ops.rms_norm(x.double(), weight.double(), 1e-5)
+    assert relative(torch.ops.tsld.rms_norm(x, weight, 1e-5), expected) <= TOLERANCE[dtype]
+    y, total = torch.ops.tsld.add_rms_norm(x, other, weight, 1e-5)
+    assert torch.equal(total, x + other)
+    assert relative(y, ops.rms_norm(total.double(), weight.double(), 1e-5)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (3, 2, 2208), (64, 1, 22016)])
+def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    both = normal(*shape, dtype=dtype)
+    gate, up = both.chunk(2, dim=-1)
+    assert kernels.gate_supported(gate, up)
+    assert relative(torch.ops.tsld.silu_mul(gate, up), ops.silu_mul(gate.double(), up.double())) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "size", "length"),
+    [(1, 32, 32, 128, 640), (3, 12, 2, 64, 200), (2, 8, 1, 16, 1024), (5, 4, 4, 256, 70), (40, 14, 2, 32, 130), (1, 1, 1, 8, 3)],
+)  # fmt: skip
+def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int, rotary: bool, dtype) -> None:
+    """At the first, a middle and the last position; the cache holds NaN where nothing was written yet."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    floats = kernels.scratch_floats(batch, heads, kv_heads, size, length, multiprocessors)
+    scratch = torch.zeros(floats, device="cuda")
+    for positions in ([0] * batch, [(7 * b + 2) % length for b in range(batch)], [length - 1] * batch):
+        where = torch.tensor(positions, device="cuda")[:, None]
+        parts = normal(batch, 1, (heads + 2 * kv_heads) * size, dtype=dtype).split(
+            [heads * size, kv_heads * size, kv_heads * size], dim=-1
+        )
+        q, k, v = (part.view(batch, 1, -1, size) for part in parts)
+        angle = torch.rand(batch, 1, size // 2, device="cuda") * 6
+        tables = [torch.cat([f(angle)] * 2, -1).to(dtype) if rotary else None for f in (torch.cos, torch.sin)]
+        caches = [normal(batch, kv_heads, length, size, dtype=dtype) for _ in range(2)]
+        for cache in caches:
+            cache.masked_fill_((torch.arange(length, device="cuda") >= where)[:, None, :, None], float("nan"))
+        exact = [cache.double().nan_to_num(0) for cache in caches]
+        wide = [None if t is None else t.double() for t in tables]
+        expected = ops.cached_attention(
+            q.double(), k.double(), v.double(), *wide, where, *exact, scratch, size**-0.5, False
+        )
+        assert kernels.attention_supported(q, k, v, *tables)
+        for _ in range(2):  # the counters must be back at zero
+            got = torch.ops.tsld.cached_attention(q, k, v, *tables, where, *caches, scratch, size**-0.5, False)
+            assert relative(got, expected) <= 2 * TOLERANCE[dtype], positions
+        rows = torch.arange(batch, device="cuda")
+        assert torch.equal(caches[1][rows, :, where[:, 0]], v[:, 0])
+        assert relative(caches[0][rows, :, where[:, 0]], exact[0][rows, :, where[:, 0]]) <= TOLERANCE[dtype]
+
+
+def lowered_model(family: str, dtype: torch.dtype) -> LoweredModel:
+    return convert(prepare(build(family, **SIZES[family])), backend="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("family", SIZES)
+def test_model_over_the_static_cache(family: str, dtype: torch.dtype) -> None:
+    """`compile_decode` compares logits itself; the CUDA graphs give the tokens of the operators one by one."""
+    lowered = lowered_model(family, dtype)
+    tokens, mask = (t.cuda() for t in left_padded())
+    made = lowered.compile_decode(4, POSITIONS)
+    eager = Decoder(lowered, 4, POSITIONS, backend="cuda", cuda_graphs=False)
+    for how in (Selection(), Selection(True, 5, True)):
+        for rows in (1, 3):
+            options = Options(24, how, 1.0, 0.9, (), 0)
+            results = []
+            for one in (made, eager, made):
+                torch.manual_seed(3)
+                results.append(one.generate(tokens[:rows], mask[:rows], options))
+            assert results[0].shape == (rows, tokens.shape[1] + 24)
+            if not how.sample:
+                assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2]) or how.sample
+    assert lowered.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False).shape[0] == 3
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_batches(batch: int) -> None:
+    lowered = lowered_model("llama", torch.float16)
+    decoder = lowered.compile_decode(batch, POSITIONS)
+    prompt = ids(batch, 6).cuda()
+    options = Options(10, Selection(), 1.0, 1.0, (), 0)
+    together = decoder.generate(prompt, torch.ones_like(prompt), options)
+    logits = lowered(together).logits[:, 5:-1]
+    best = logits.gather(-1, together[:, 6:, None])[..., 0]
+    assert bool((best >= logits.amax(-1) - 0.05).all())  # each token is (nearly) the likeliest after those before it
+
+
+def test_float32_runs_the_plain_operators() -> None:
+    lowered = convert(prepare(build("llama")), backend="reference").cuda()
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    expected = lowered.generate(ids(2, 6).cuda(), **options)
+    lowered.compile_decode(2, POSITIONS)
+    assert torch.equal(lowered.generate(ids(2, 6).cuda(), **options), expected)
