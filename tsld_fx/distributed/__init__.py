@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from tsld_fx.distributed.config import ParallelConfig
-from tsld_fx.distributed.trainer import DistributedTrainer
+
+if TYPE_CHECKING:
+    from tsld_fx.distributed.trainer import DistributedTrainer
 
 __all__ = ["DistributedTrainer", "ParallelConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer on first use: settings need only the configuration."""
+    if name == "DistributedTrainer":
+        from tsld_fx.distributed.trainer import DistributedTrainer
+
+        return DistributedTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,6 @@ SCHEDULES: dict[str, tuple[str, int, bool]] = {
     "zero_bubble": ("InterleavedZeroBubble", 2, False),
     "zbv": ("ZBVZeroBubble", 2, True),
 }
-SPLIT_BACKWARD = ("zero_bubble", "zbv")  # the gradient of the weights is a step of its own
 
 
 @dataclass(frozen=True)

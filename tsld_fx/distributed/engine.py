@@ -41,6 +41,7 @@ class Engine(ABC):
         student.set_taps(distill.taps)
         self.ties = tied_names(student)
         self.teacher = None if teacher is None else frozen_graph(teacher, distill, bf16)
+        self.teaches = distill.needs_teacher
         self.parameters: dict[str, nn.Parameter] = {}
         self.losses: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -137,9 +138,12 @@ def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def frozen_graph(teacher: PreTrainedModel, distill: DistillConfig, bf16: bool) -> PreparedModel:
-    """The teacher as a graph without quantisation, in eval mode."""
+    """The teacher as a graph without quantisation, in eval mode; one that is a graph already is taken as it is."""
     if bf16:
         teacher = teacher.to(torch.bfloat16)
+    if isinstance(teacher, PreparedModel):
+        teacher.set_taps(distill.taps)
+        return teacher.eval().requires_grad_(False)  # type: ignore[return-value]
     return graph_model(teacher.eval().requires_grad_(False), None, distill.taps).eval()  # type: ignore[return-value]
 
 

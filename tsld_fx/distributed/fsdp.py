@@ -66,7 +66,7 @@ class FsdpEngine(Engine):
             feed = {name: batch[name] for name in ("input_ids", "attention_mask")}
             with self.autocast():
                 taught = None
-                if self.teacher is not None:
+                if self.teacher is not None and self.teaches:
                     with torch.no_grad():
                         taught = self.teacher(**feed)
                 loss = self._objective(self.student(**feed), taught, batch)

@@ -32,7 +32,8 @@ def objective(
     Raises:
         DataError, TrainingError: labels or a teacher that do not fit.
     """
-    if config.separate_documents and segment_ids is None:
+    scaled = any(term.kind == "tsld" for term in config.terms())
+    if config.separate_documents and scaled and segment_ids is None:
         raise DataError(
             "DistillConfig(separate_documents=True) needs `segment_ids` [B, T] in every batch. "
             "Add the column to the data set, or set separate_documents=False."

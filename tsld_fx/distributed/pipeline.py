@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 from transformers import PreTrainedModel
 
 from tsld_fx.distill import DistillConfig
-from tsld_fx.distributed.config import SCHEDULES, SPLIT_BACKWARD, schedule_class
+from tsld_fx.distributed.config import SCHEDULES, schedule_class
 from tsld_fx.distributed.data import Batch, to_device
 from tsld_fx.distributed.engine import Engine, nll_of, put_parameter
 from tsld_fx.distributed.forward_only import run_forward
@@ -49,7 +49,6 @@ class PipelineEngine(Engine):
         micro_batches: int = 1,
         bf16: bool = False,
     ) -> None:
-        check_pipeline(student, distill, ranks.world_size, schedule, micro_batches)
         super().__init__(student, teacher, distill, ranks, bf16)
         self.schedule, self.micro_batches = schedule, micro_batches
         self.placement = place(len(student.layer_view().layers), ranks.world_size, schedule)
@@ -114,7 +113,7 @@ class PipelineEngine(Engine):
         """The teacher's forward pass over the step's micro-batches; the process of the last stage keeps the result."""
         self._batches = [to_device(b, self.ranks.device) for b in batches]
         self._taught.clear()
-        if self.teacher is not None:
+        if self.teacher is not None and self.teaches:
             self._forward(self._teacher_stages, self._batches, self._taught.__setitem__)
 
     def _forward(
@@ -238,10 +237,5 @@ def check_pipeline(
             "Use --parallel fsdp for this method, or a method of logits (tsld, logit, logit_gt, gt)."
         )
     schedule_class(schedule)
-    if schedule in SPLIT_BACKWARD and student.is_gradient_checkpointing:
-        raise ConfigError(
-            f"pipeline: {schedule} splits the backward pass in two, and recomputed activations serve it only once. "
-            "Set gradient_checkpointing: false, or use gpipe, 1f1b or interleaved_1f1b."
-        )
     place(len(student.layer_view().layers), world_size, schedule)
     check_micro_batches(micro_batches, world_size, schedule)

@@ -21,6 +21,8 @@ _WAIT = timedelta(seconds=20)
 class PeerError(TrainingError):
     """Another process failed; the message is that process's. It is printed there, so the command line stays quiet."""
 
+    told_elsewhere = True
+
 
 class Ranks:
     """One process among those of a run.
@@ -96,9 +98,14 @@ class Ranks:
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if not failed:
             return
-        if error is not None and failed[0] == self.rank:
-            raise error
-        raise PeerError(messages[failed[0]])
+        raise self.agreed(error if failed[0] == self.rank else None, messages[failed[0]])
+
+    @staticmethod
+    def agreed(error: Exception | None, message: str) -> Exception:
+        """An error that every process raises at the same place: its own where it is told, PeerError elsewhere."""
+        error = error or PeerError(message)
+        error.agreed = True  # type: ignore[attr-defined]
+        return error
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -108,28 +115,35 @@ class Ranks:
         """
         try:
             yield
-        except PeerError:
-            raise
-        except KeyboardInterrupt:
-            raise
         except Exception as error:
-            cause = self._cause(error)
-            if cause is not None:
-                raise PeerError(cause) from None
+            if getattr(error, "agreed", False):
+                raise
+            if _lost_connection(error):
+                raise self._peer_error() from None
+            self._leave_message(error)
             if isinstance(error, TsldError):
                 raise
             raise TrainingError(f"process {self.rank}: {type(error).__name__}: {_first_line(error)}") from error
 
-    def _cause(self, error: Exception) -> str | None:
-        """Another process's message when it failed first; otherwise leave our own for the others to find."""
-        if _lost_connection(error):
-            with contextlib.suppress(Exception):
-                self._store.wait([_FAILED], _WAIT)
-                return self._store.get(_FAILED).decode()
-            return "another process stopped without saying why (killed, or out of memory). Look at its own output."
+    def _peer_error(self) -> TrainingError:
+        """The error of the process that failed first, from the store."""
+        with contextlib.suppress(Exception):
+            self._store.wait([_FAILED], _WAIT)
+            return PeerError(self._store.get(_FAILED).decode())
+        return TrainingError(
+            f"process {self.rank}: another process stopped without saying why (killed, or out of memory). "
+            "Look at its own output, then start again with the same command to resume."
+        )
+
+    def _leave_message(self, error: Exception) -> None:
+        """Put the cause where the other processes look for it."""
         with contextlib.suppress(Exception):
             self._store.set(_FAILED, f"process {self.rank}: {_text(error)}")
-        return None
+        with contextlib.suppress(Exception):  # close the connections, which wakes the others
+            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+            if abort is not None and self.device.type == "cuda":
+                abort()
+            dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -29,7 +29,7 @@ from tsld_fx.distributed.data import Batch, StepBatches, rows_in_order
 from tsld_fx.distributed.engine import Engine, local, put_parameter
 from tsld_fx.distributed.fsdp import FsdpEngine
 from tsld_fx.distributed.optimizer import check_arguments, make_optimizer, make_scheduler
-from tsld_fx.distributed.pipeline import PipelineEngine
+from tsld_fx.distributed.pipeline import PipelineEngine, check_pipeline
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.errors import CheckpointError, ConfigError, TrainingError
 from tsld_fx.perplexity import Perplexity, windows
@@ -55,6 +55,7 @@ class DistributedTrainer:
         args: transformers' TrainingArguments.
         parallel: mode `fsdp` or `pipeline`.
         train_dataset, eval_dataset: items with input_ids and labels [T], all of one length in a pipeline.
+        keep_teacher: hold a teacher that the method does not need, to evaluate it.
 
     Raises:
         TsldError: on every process, before anything is moved: arguments that contradict each other or the model.
@@ -73,6 +74,7 @@ class DistributedTrainer:
         callbacks: Sequence[TrainerCallback] = (),
         data_collator: Callable[[list[Any]], Any] | None = None,
         ranks: Ranks | None = None,
+        keep_teacher: bool = False,
     ) -> None:
         self.args, self.parallel, self.distill = args, parallel or ParallelConfig("fsdp"), distill or DistillConfig()
         self.ranks = ranks or Ranks.start(args.use_cpu)
@@ -80,7 +82,8 @@ class DistributedTrainer:
         self._micro_batches = args.gradient_accumulation_steps
         if self.parallel.mode == "fsdp":
             self._micro_batches *= self.ranks.world_size
-        self.engine = self.ranks.agree(lambda: self._start(model, teacher))
+        keep_teacher = keep_teacher or self.distill.needs_teacher
+        self.engine = self._start(model, teacher if keep_teacher else None)
         self.optimizer = make_optimizer(model, self.engine.parameters, args)
         shown = [*callbacks] if self.ranks.is_first else []
         self.callbacks = CallbackHandler([DefaultFlowCallback(), *shown], model, None, self.optimizer, None)
@@ -88,26 +91,33 @@ class DistributedTrainer:
         self.state.is_world_process_zero = self.state.is_local_process_zero = self.ranks.is_first
 
     def _start(self, model: PreparedModel, teacher: PreTrainedModel | None) -> Engine:
-        check_arguments(self.args)
-        if not isinstance(model, PreparedModel):
-            raise ConfigError(f"DistributedTrainer: model is a {type(model).__name__}; it must come from prepare().")
-        if self.distill.needs_teacher:
-            check_teacher(teacher, model)
-        self._batches(self._micro_batches)
+        self.ranks.agree(lambda: self._check(model, teacher))
         if self.args.gradient_checkpointing:
             model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         set_seed(self.args.seed)
-        taught = teacher if self.distill.needs_teacher else None
-        if self.parallel.mode == "fsdp":
-            return FsdpEngine(
-                model, taught, self.distill, self.ranks, bf16=self.args.bf16, param_dtype=self.parallel.param_dtype
-            )
-        if self.parallel.mode == "pipeline":
+        with self.ranks.guard():
+            if self.parallel.mode == "fsdp":
+                return FsdpEngine(
+                    model, teacher, self.distill, self.ranks, bf16=self.args.bf16, param_dtype=self.parallel.param_dtype
+                )
             return PipelineEngine(
-                model, taught, self.distill, self.ranks,
+                model, teacher, self.distill, self.ranks,
                 schedule=self.parallel.schedule, micro_batches=self._micro_batches, bf16=self.args.bf16,
             )  # fmt: skip
-        raise ConfigError("DistributedTrainer: mode 'ddp' is served by TSLDTrainer, one process per device.")
+
+    def _check(self, model: PreparedModel, teacher: PreTrainedModel | None) -> None:
+        """Refuse everything that can be refused before anything is moved."""
+        check_arguments(self.args)
+        if not isinstance(model, PreparedModel):
+            raise ConfigError(f"DistributedTrainer: model is a {type(model).__name__}; it must come from prepare().")
+        if self.parallel.mode == "ddp":
+            raise ConfigError("DistributedTrainer: mode 'ddp' is served by TSLDTrainer, one process per device.")
+        if self.distill.needs_teacher or teacher is not None:
+            check_teacher(teacher, model)
+        self._batches(self._micro_batches)
+        if self.parallel.mode == "pipeline":
+            world, schedule = self.ranks.world_size, self.parallel.schedule
+            check_pipeline(model, self.distill, world, schedule, self._micro_batches)
 
     def _batches(self, count: int) -> StepBatches:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -171,12 +181,13 @@ class DistributedTrainer:
     def _check_finite(self, losses: dict[str, float]) -> None:
         if not math.isfinite(losses["loss"]):
             rank = next(r for r, loss in enumerate(self.engine.last_by_rank) if not math.isfinite(loss))
-            self._not_finite(f"the loss of process {rank} is {self.engine.last_by_rank[rank]}")
+            error = self._not_finite(f"the loss of process {rank} is {self.engine.last_by_rank[rank]}")
+            raise self.ranks.agreed(error if self.ranks.is_first else None, str(error))
 
-    def _not_finite(self, what: str) -> None:
+    def _not_finite(self, what: str) -> TrainingError:
         found = last_whole_checkpoint(self.args.output_dir)
         kept = f"the last good checkpoint is {found}" if found else "no checkpoint was written before it"
-        raise TrainingError(
+        return TrainingError(
             f"training stopped at step {self.state.global_step}: {what}; {kept}. Lower the learning rate, or set "
             "max_grad_norm; then resume."
         )
@@ -256,7 +267,7 @@ class DistributedTrainer:
     def _check_weights(self) -> None:
         for name, parameter in self.engine.parameters.items():
             if not all_finite(local(parameter.detach())):
-                self._not_finite(f"'{name}' holds NaN or Inf")
+                raise self._not_finite(f"'{name}' holds NaN or Inf")
 
     def _save_rest(self, folder: Path) -> None:
         cuda = torch.cuda.get_rng_state() if self.ranks.device.type == "cuda" else None

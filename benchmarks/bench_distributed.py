@@ -1,0 +1,243 @@
+"""Distilling a LLaMA of 7B parameters (random weights) on one GPU, and with FSDP2 and pipelines on several.
+
+    torchrun --nproc-per-node 2 benchmarks/bench_distributed.py
+    torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --shape tiny --cpu   # does it run at all
+
+Ternary student with float32 masters under bf16 autocast, every layer recomputed, fused AdamW with float32 states,
+bf16 teacher, TSLD + ground truth, T = 512. Each process first trains the whole of it on its own GPU (the peer: what
+one GPU does), then the processes together: FSDP2 with float32 and with bf16 gathers, and pipelines. Bubble share of a
+pipeline: the time of its schedule is taken as a + b * micro-batches, measured at two numbers; a is the bubble. The
+limit beside it is (processes - 1) / (processes - 1 + stages per process * micro-batches).
+Writes benchmarks/results/distributed_<shape>_<processes>.json, or --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import ROOT, describe
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tsld_fx import DistillConfig, PreparedModel, prepare
+from tsld_fx.distributed.config import SCHEDULES
+from tsld_fx.distributed.data import Batch, to_device
+from tsld_fx.distributed.engine import put_parameter
+from tsld_fx.distributed.fsdp import FsdpEngine
+from tsld_fx.distributed.objective import objective
+from tsld_fx.distributed.pipeline import PipelineEngine
+from tsld_fx.distributed.ranks import Ranks
+from tsld_fx.prepared import graph_model
+
+SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "1b": (2048, 5504, 16, 16, 32000), "tiny": (64, 96, 4, 4, 256)}
+TOKENS, SEQUENCES = 512, 4
+
+
+class Models:
+    """A student and a teacher that are filled again for every case; their graphs are captured once."""
+
+    def __init__(self, shape: str, ranks: Ranks) -> None:
+        self.ranks = ranks
+        hidden, inner, layers, heads, vocabulary = SHAPES[shape]
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=2048,
+        )  # fmt: skip
+        start = time.perf_counter()
+        with ranks.device:
+            self.student: PreparedModel = prepare(LlamaForCausalLM(config))
+            self.teacher: PreparedModel = graph_model(LlamaForCausalLM(config).to(torch.bfloat16), None, ())
+        self.seconds = time.perf_counter() - start
+        self.shapes = {n: p.shape for n, p in self.student.named_parameters()}
+        self.parameters = sum(p.numel() for p in self.student.parameters())
+        self.vocabulary = vocabulary
+
+    def fill(self) -> None:
+        """Whole random weights on this device, and no trace of the last case."""
+        for model in (self.student, self.teacher):
+            for name in self.shapes:  # what the last case left is freed first
+                put_parameter(model, name, torch.nn.Parameter(torch.empty(0)))
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for model, dtype in ((self.student, torch.float32), (self.teacher, torch.bfloat16)):
+            for name, shape in self.shapes.items():
+                value = torch.empty(shape, dtype=dtype, device=self.ranks.device).normal_(std=0.02)
+                put_parameter(model, name, torch.nn.Parameter(value, requires_grad=dtype == torch.float32))
+            model.gradient_checkpointing_disable()
+            model.forget_views()
+        self.student.gradient_checkpointing_enable()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def batches(self, count: int) -> list[Batch]:
+        ids = torch.randint(0, self.vocabulary, (count, SEQUENCES, TOKENS))
+        return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i} for i in ids]
+
+
+def adamw(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
+
+
+def seconds_of(step: Callable[[], None], ranks: Ranks, repeats: int, together: bool = True) -> float:
+    """Median wall time of a step after one to warm up."""
+    found = []
+    for _ in range(repeats + 1):
+        if together:
+            ranks.barrier()
+        start = time.perf_counter()
+        step()
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
+
+
+def one_gpu(models: Models, ranks: Ranks, repeats: int) -> dict[str, Any]:
+    """Student, teacher and optimiser on one GPU, one micro-batch a step."""
+    models.fill()
+    student, teacher, device = models.student.train(), models.teacher.eval(), ranks.device
+    optimizer, batch = adamw(list(student.parameters()), device), to_device(models.batches(1)[0], device)
+    feed = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                taught = teacher(**feed)
+            loss, _ = objective(DistillConfig(), student(**feed), taught, batch["labels"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"step_seconds": seconds_of(step, ranks, repeats, together=False), "tokens": SEQUENCES * TOKENS}
+
+
+def fsdp(models: Models, ranks: Ranks, repeats: int, param_dtype: str) -> dict[str, Any]:
+    """One micro-batch per process and step."""
+    models.fill()
+    engine = FsdpEngine(models.student, models.teacher, DistillConfig(), ranks, bf16=True, param_dtype=param_dtype)
+    optimizer, batches = adamw(list(engine.parameters.values()), ranks.device), models.batches(1)
+
+    def step() -> None:
+        engine.zero_grad()
+        engine.forward_backward(batches)
+        engine.losses.clear()
+        optimizer.step()
+
+    tokens = SEQUENCES * TOKENS * ranks.world_size
+    return {"step_seconds": seconds_of(step, ranks, repeats), "tokens": tokens}
+
+
+def pipeline(models: Models, ranks: Ranks, repeats: int, schedule: str, counts: tuple[int, int]) -> dict[str, Any]:
+    """Whole steps at the larger number of micro-batches, and the schedule alone at both."""
+    models.fill()
+    few, many = counts
+    engine = PipelineEngine(
+        models.student, models.teacher, DistillConfig(), ranks, schedule=schedule, micro_batches=many, bf16=True
+    )
+    optimizer = adamw(list(engine.parameters.values()), ranks.device)
+
+    def step(batches: list[Batch]) -> None:
+        engine.zero_grad()
+        engine.forward_backward(batches)
+        engine.losses.clear()
+        optimizer.step()
+
+    batches = models.batches(many)
+    seconds = seconds_of(lambda: step(batches), ranks, repeats)
+    alone = {}
+    for count in counts:
+        engine.micro_batches, engine._shape = count, None
+        times = []
+        for _ in range(repeats + 1):
+            engine.zero_grad()
+            engine.teach(batches[:count])
+            ranks.barrier()
+            times.append(_timed(engine.run_schedule, ranks))
+        alone[count] = statistics.median(times[1:])
+    slope = (alone[many] - alone[few]) / (many - few)
+    chunks = SCHEDULES[schedule][1]
+    return {
+        "step_seconds": seconds,
+        "tokens": SEQUENCES * TOKENS * many,
+        "micro_batches": many,
+        "schedule_seconds": alone,
+        "bubble_share": 1 - slope * many / alone[many],
+        "bubble_share_expected": (ranks.world_size - 1) / (ranks.world_size - 1 + chunks * many),
+    }
+
+
+def _timed(work: Callable[[], None], ranks: Ranks) -> float:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    ranks.barrier()
+    start = time.perf_counter()
+    work()
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return max(ranks.gather(time.perf_counter() - start))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="7b")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", help="Only these.")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    ranks = Ranks.start(args.cpu)
+    torch.manual_seed(ranks.rank)
+    models, world = Models(args.shape, ranks), ranks.world_size
+    counts = (2 * world, 4 * world)
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "one GPU": lambda: one_gpu(models, ranks, args.repeats),
+        "fsdp, float32 gathers": lambda: fsdp(models, ranks, args.repeats, "float32"),
+        "1f1b": lambda: pipeline(models, ranks, args.repeats, "1f1b", counts),
+        "interleaved_1f1b": lambda: pipeline(models, ranks, args.repeats, "interleaved_1f1b", counts),
+        "fsdp, bfloat16 gathers": lambda: fsdp(models, ranks, args.repeats, "bfloat16"),
+        "zero_bubble": lambda: pipeline(models, ranks, args.repeats, "zero_bubble", counts),
+    }
+    result: dict[str, Any] = {
+        "machine": describe(), "shape": args.shape, "parameters": models.parameters, "processes": world,
+        "micro_batch": [SEQUENCES, TOKENS], "seconds_to_build_and_prepare": models.seconds, "cases": {},
+    }  # fmt: skip
+    out = args.out or ROOT / "benchmarks" / "results" / f"distributed_{args.shape}_{world}.json"
+    for name, case in cases.items():
+        if args.cases and name not in args.cases:
+            continue
+        start = time.perf_counter()
+        found = case()
+        cuda = ranks.device.type == "cuda"
+        peaks = ranks.gather(torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0)
+        found |= {"tokens_per_second": found["tokens"] / found["step_seconds"], "peak_gigabytes": peaks}
+        result["cases"][name] = found | {"seconds_in_all": time.perf_counter() - start}
+        if ranks.is_first:
+            print(name, found, flush=True)
+            out.write_text(json.dumps(result, indent=2) + "\n")
+    if ranks.is_first:
+        show(result)
+    ranks.stop()
+
+
+def show(result: dict[str, Any]) -> None:
+    title = f"LLaMA {result['shape']}, {result['parameters'] / 1e9:.2f}B parameters, {result['processes']} processes"
+    table = Table("case", "tokens/s", "step s", "peak GB per device", "bubble (expected)", title=title)
+    for name, case in result["cases"].items():
+        peaks = ", ".join(f"{p:.1f}" for p in case["peak_gigabytes"])
+        bubble = f"{case['bubble_share']:.0%} ({case['bubble_share_expected']:.0%})" if "bubble_share" in case else ""
+        table.add_row(name, f"{case['tokens_per_second']:.0f}", f"{case['step_seconds']:.2f}", peaks, bubble)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
