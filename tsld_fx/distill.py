@@ -67,6 +67,14 @@ class DistillConfig:
             instead of one per sequence.
         fused: run the heads of student and teacher and the losses over their logits as one operator where that is
             possible, so that logits [B, T, V] never exist; the result is the same up to rounding.
+        cuda_graph: replay forward and backward pass as one CUDA graph, which small models need to keep a GPU busy.
+            For batches of one shape on one GPU, without gradient accumulation, fp16 or torch_compile; else ignored.
+        teacher_cache: keep on disk what the teacher says about each training sample, so that epochs after the first
+            save its pass for the token scales (`token_scores`, 4 bytes a token) or all of it but the head
+            (`hidden_states`, 2 or 4 bytes a token and hidden unit). For data sets with a length and samples of one
+            length that are the same in each epoch.
+        cache_folder: where; None means `teacher_cache` in the Trainer's output folder. Runs on the same data with the
+            same teacher can share it.
     """
 
     method: Literal["gt", "logit", "logit_gt", "l2l", "tsld"] = "tsld"
@@ -75,6 +83,9 @@ class DistillConfig:
     reduction: Literal["sum", "mean"] = "sum"
     separate_documents: bool = False
     fused: bool = True
+    cuda_graph: bool = False
+    teacher_cache: Literal["token_scores", "hidden_states"] | None = None
+    cache_folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -83,6 +94,14 @@ class DistillConfig:
             if not self.losses:
                 raise ConfigError("DistillConfig: losses is empty. Give at least one LossTerm or use method=.")
             object.__setattr__(self, "losses", tuple(_as_term(term) for term in self.losses))
+        if self.teacher_cache not in (None, "token_scores", "hidden_states"):
+            raise ConfigError(
+                f"DistillConfig: teacher_cache={self.teacher_cache!r} is not 'token_scores' or 'hidden_states'."
+            )
+        if self.teacher_cache == "token_scores" and all(term.kind != "tsld" for term in self.terms()):
+            raise ConfigError("DistillConfig: only TSLD has token scores. Use teacher_cache='hidden_states'.")
+        if self.teacher_cache and not self.fused:
+            raise ConfigError("DistillConfig: teacher_cache needs fused=True.")
         self.terms()  # the named method's terms are checked too
 
     def terms(self) -> tuple[LossTerm, ...]:

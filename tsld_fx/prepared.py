@@ -145,6 +145,9 @@ class PreparedModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> PreparedModel:
         """Switch dropout in the modules and in the graphs."""
+        if mode == self.training:  # a Trainer says so before every step
+            super().train(mode)
+            return self
         super().train(mode)
         for graph_module in self._tsld.graph_modules():
             run_passes(graph_module, [SetDropout(mode)])

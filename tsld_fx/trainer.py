@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +12,23 @@ from transformers import PreTrainedModel
 
 from tsld_fx import losses
 from tsld_fx.distill import DistillConfig, LossTerm
+from tsld_fx.distributed.objective import learnable
+from tsld_fx.distributed.objective import objective as plain_objective
 from tsld_fx.errors import ConfigError, DataError, TrainingError
 from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss, objective_of
 from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import HeadlessModel, without_head
+from tsld_fx.lean_trainer import LeanTrainer
 from tsld_fx.prepared import PreparedModel, PreparedOutput, graph_model
-from tsld_fx.weight_cache import WeightCache
+from tsld_fx.teacher_cache import FIELDS, CachedBatches, CachedSamples, TeacherCache
+from tsld_fx.teacher_checks import check_teacher
 from tsld_fx.whole_trainer import WholeCheckpointTrainer
 
 logger = logging.getLogger(__name__)
 _FEED = ("input_ids", "attention_mask", "position_ids")
 
 
-class TSLDTrainer(WholeCheckpointTrainer):
+class TSLDTrainer(LeanTrainer):
     """Quantisation-aware training against a full-precision teacher.
 
     A transformers Trainer in everything else: its arguments, callbacks, checkpoints, resume and accelerate.
@@ -45,6 +49,9 @@ class TSLDTrainer(WholeCheckpointTrainer):
             has another vocabulary. During training: a loss or a weight that is NaN or Inf stops the step; the last
             checkpoint stays good.
     """
+
+    train_dataset: Any
+    data_collator: Any
 
     def __init__(
         self,
@@ -77,11 +84,12 @@ class TSLDTrainer(WholeCheckpointTrainer):
         self.teacher = self._ready_teacher(teacher) if teacher is not None and self.distill.needs_teacher else None
         compiles = self.args.torch_compile and self.teacher is not None
         self._run_teacher: Any = self._compiled(self.teacher) if compiles else self.teacher
-        self._parts: dict[str, list[Tensor]] = defaultdict(list)
         self._loss_only = False
-        self._weights = WeightCache() if self._keeps_weights() else None
+        self._ready_steps()
         self._head: HeadlessModel | None = None
         self._objective = self._fused_objective(model)
+        self._cache = self._open_cache() if self.distill.teacher_cache else None
+        self._row: tuple[Tensor, ...] | None = None  # of the batch that runs, to be cached
 
     def _ready_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         teacher = teacher.eval().to(self.args.device)  # no_grad keeps it from training
@@ -105,26 +113,33 @@ class TSLDTrainer(WholeCheckpointTrainer):
                 self._head = HeadlessModel(self._compiled(self._head.body), self._head.head)
         return objective
 
+    def _open_cache(self) -> TeacherCache | None:
+        """Let the training samples carry the teacher's rows."""
+        if self._objective is None or self._head is None or self.train_dataset is None:
+            raise ConfigError(
+                f"TSLDTrainer: teacher_cache={self.distill.teacher_cache!r} needs training data and a teacher whose "
+                "logits are the plain result of a linear head, as the student's. Leave it out."
+            )
+        folder = self.distill.cache_folder or Path(self.args.output_dir) / "teacher_cache"
+        kind, scored = self.distill.teacher_cache or "", _has_tsld(self.distill)
+        assert self.teacher is not None
+        cache = TeacherCache(folder, kind, self.train_dataset, self.teacher, scored)
+        self.train_dataset = CachedSamples(self.train_dataset, cache)
+        self.data_collator = CachedBatches(self.data_collator)
+        return cache
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, and its rows into the teacher's cache."""
+        loss = super().training_step(*args, **kwargs)
+        if self._cache is not None and self._row is not None:
+            samples, prints, scores, hidden = self._row
+            self._cache.put(samples.tolist(), prints.tolist(), scores, hidden)
+        return loss
+
     def _compiled(self, module: nn.Module) -> Any:
         """The teacher compiled as TrainingArguments asks for the student."""
         mode, backend = self.args.torch_compile_mode, self.args.torch_compile_backend
         return torch.compile(module, **{k: v for k, v in (("mode", mode), ("backend", backend)) if v is not None})
-
-    def _keeps_weights(self) -> bool:
-        """Whether micro-batches of one step share the quantised weights; recomputed layers must not keep them."""
-        args = self.args
-        several = args.gradient_accumulation_steps > 1
-        return several and not (args.torch_compile or args.gradient_checkpointing or args.fsdp or args.deepspeed)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch: forward, backward, and a check of the loss."""
-        if self._weights is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        with self._weights:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._weights.clear()
-        return loss
 
     # ------------------------------------------------------------ the loss
     def compute_loss(
@@ -137,7 +152,7 @@ class TSLDTrainer(WholeCheckpointTrainer):
         """The objective in training, the ground-truth cross-entropy in evaluation."""
         feed, labels, segment_ids = self._batch(inputs)
         if self._objective is not None and (self._loss_only or not return_outputs):
-            loss = self._fused_loss(model, feed, labels, segment_ids)
+            loss = self._fused_loss(model, feed, labels, segment_ids, inputs)
             return (loss, {}) if return_outputs else loss
         outputs: PreparedOutput = model(**feed)
         loss = self._plain_loss(outputs, feed, labels, segment_ids) if model.training else None
@@ -153,10 +168,7 @@ class TSLDTrainer(WholeCheckpointTrainer):
                 "TSLDTrainer: the batch has no labels. Give labels = input_ids with -100 where nothing is to be learnt."
             )
         feed = {name: inputs[name] for name in _FEED if inputs.get(name) is not None}
-        if "attention_mask" in feed:  # nothing to learn of padding, nor from it
-            padding = feed["attention_mask"] == 0
-            after = torch.nn.functional.pad(padding[:, :-1], (1, 0))
-            labels = labels.masked_fill(padding | after, losses.IGNORE)
+        labels = learnable(labels, feed.get("attention_mask"))
         segment_ids = inputs.get("segment_ids") if self.distill.separate_documents else None
         if self.distill.separate_documents and segment_ids is None and _has_tsld(self.distill):
             raise DataError(
@@ -172,7 +184,6 @@ class TSLDTrainer(WholeCheckpointTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._loss_only = False
-        self._weights = WeightCache() if self._keeps_weights() else None
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
         self._check_labels(self._batch(self._prepare_inputs(inputs))[1], self.distill.terms())
@@ -182,7 +193,7 @@ class TSLDTrainer(WholeCheckpointTrainer):
         losses.check_targets(labels, head.weight.shape[0], terms)
 
     def _fused_loss(
-        self, model: nn.Module, feed: dict[str, Tensor], labels: Tensor, segment_ids: Tensor | None
+        self, model: nn.Module, feed: dict[str, Tensor], labels: Tensor, segment_ids: Tensor | None, inputs: Any
     ) -> Tensor:
         objective = self._objective if model.training else GROUND_TRUTH
         assert objective is not None
@@ -190,20 +201,35 @@ class TSLDTrainer(WholeCheckpointTrainer):
             self._check_labels(labels, self.distill.terms() if model.training else (LossTerm("gt"),))
         guide: dict[str, Tensor | None] = {}
         if self._head is not None and objective.needs_teacher:
-            with torch.no_grad():
-                hidden = self._head.body(**feed, use_cache=False).logits
+            hidden = inputs.get("teacher_hidden")
+            if hidden is None:
+                with torch.no_grad():
+                    hidden = self._head.body(**feed, use_cache=False).logits
             guide = {
                 "teacher_hidden": hidden,
                 "teacher_weight": self._head.weight,
                 "teacher_bias": self._head.bias,
                 "segment_ids": segment_ids,
+                "token_scores": inputs.get("token_scores") if _has_tsld(self.distill) else None,
             }
         outputs: PreparedOutput = model(**feed, head_loss=HeadLoss(objective, labels, **guide))
         assert outputs.loss is not None and outputs.loss_terms is not None
         if model.training:
             for term, value in zip(self.distill.terms(), outputs.loss_terms.detach().unbind(), strict=True):
-                self._parts[f"loss_{term.kind}"].append(value)
+                self._step_parts[f"loss_{term.kind}"].append(value)
+            self._row = self._row_of(inputs, guide, outputs.token_scores, labels)
         return outputs.loss
+
+    def _row_of(
+        self, inputs: Any, guide: dict[str, Tensor | None], scores: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """What the cache does not have yet of this batch."""
+        hidden = guide.get("teacher_hidden")
+        if self._cache is None or hidden is None or "token_scores" in inputs or "tsld_sample" not in inputs:
+            return None
+        if scores is None or not scores.numel():
+            scores = torch.zeros(labels[:, 1:].shape, device=labels.device)
+        return inputs["tsld_sample"], inputs["tsld_print"], scores, hidden
 
     def _plain_loss(
         self, student: PreparedOutput, feed: dict[str, Tensor], labels: Tensor, segment_ids: Tensor | None
@@ -212,35 +238,10 @@ class TSLDTrainer(WholeCheckpointTrainer):
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = self._run_teacher(**feed, use_cache=False)
-        total = torch.zeros((), device=labels.device)
-        for term in self.distill.terms():
-            value = self._term(term, student, teacher, feed, labels, segment_ids)
-            self._parts[f"loss_{term.kind}"].append(value.detach())
-            total = total + term.weight * value
+        total, parts = plain_objective(self.distill, student, teacher, labels, feed.get("attention_mask"), segment_ids)
+        for name, value in parts.items():
+            self._step_parts[name].append(value)
         return total
-
-    def _term(
-        self,
-        term: LossTerm,
-        student: PreparedOutput,
-        teacher: Any,
-        feed: dict[str, Tensor],
-        labels: Tensor,
-        segment_ids: Tensor | None,
-    ) -> Tensor:
-        mask = feed.get("attention_mask")
-        if term.kind == "gt":
-            return losses.ground_truth(student.logits, labels)
-        if term.kind == "logit":
-            return losses.logit_distillation(student.logits, teacher.logits, labels, term.temperature or 1.0)
-        if term.kind == "tsld":
-            return losses.token_scaled_logit_distillation(
-                student.logits, teacher.logits, labels, term.temperature or 10.0, term.reduction, segment_ids
-            )  # fmt: skip
-        if term.kind == "hidden":
-            return losses.hidden_state_distillation(student.hidden_states or (), teacher.hidden_states or (), mask)
-        ours, theirs = student.attention_scores or (), teacher.attention_scores or ()
-        return losses.attention_distillation(ours, theirs, mask)
 
     # ------------------------------------------------------------ optimiser, logs
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -257,43 +258,9 @@ class TSLDTrainer(WholeCheckpointTrainer):
             optimizer.add_param_group({"params": learned, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss term since the last line."""
-        if "loss" in logs:
-            logs |= {name: round(float(torch.stack(v).mean()), 4) for name, v in self._parts.items() if v}
-            self._parts.clear()
-        super().log(logs, *args, **kwargs)
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "segment_ids" not in self._signature_columns:
-            self._signature_columns.append("segment_ids")
-
-
-def check_teacher(teacher: object, student: PreTrainedModel) -> None:
-    """Refuse a teacher that is missing, is the student, or speaks another vocabulary.
-
-    Raises:
-        TrainingError: it says which.
-    """
-    if not isinstance(teacher, PreTrainedModel):
-        raise TrainingError(
-            f"TSLDTrainer: this method needs a teacher, got {type(teacher).__name__}. Give the full-precision model "
-            "as teacher=, or use DistillConfig(method='gt')."
-        )
-    ours = {p.untyped_storage().data_ptr() for p in student.parameters() if p.numel() and not p.is_meta}
-    shared = next((n for n, p in teacher.named_parameters() if p.untyped_storage().data_ptr() in ours), None)
-    if shared is not None:
-        raise TrainingError(
-            f"TSLDTrainer: the teacher shares storage with the student ('{shared}'), so it would change while the "
-            "student trains. Load the teacher a second time, or pass copy.deepcopy(model) taken before prepare."
-        )
-    theirs = teacher.config.get_text_config().vocab_size
-    if theirs != student.config.get_text_config().vocab_size:
-        raise TrainingError(
-            f"TSLDTrainer: the teacher's vocabulary has {theirs} tokens, the student's "
-            f"{student.config.get_text_config().vocab_size}. Both must use one tokenizer."
-        )
+        self._signature_columns += [n for n in ("segment_ids", *FIELDS) if n not in self._signature_columns]
 
 
 def _has_tsld(distill: DistillConfig) -> bool:

@@ -78,10 +78,15 @@ class WholeCheckpointTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step; a loss that is NaN or Inf ends the training before it reaches the weights."""
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        loss = self._micro_batch(model, inputs, *args, **kwargs)
         if not bool(torch.isfinite(loss)):
             self._check_batch(inputs)
             raise TrainingError(self._not_finite(f"the loss is {float(loss)}"))
+        return loss
+
+    def _micro_batch(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward pass of a micro-batch, without a wait for its result."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:

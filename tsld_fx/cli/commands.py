@@ -90,6 +90,10 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps to train.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per device and step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    teacher_cache: Annotated[
+        str | None, typer.Option(help="Keep on disk for later epochs: token_scores | hidden_states.")
+    ] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay each step as one CUDA graph.")] = False,
     parallel: Annotated[str | None, typer.Option(help="Under torchrun: ddp | fsdp | pipeline.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Of a pipeline: gpipe | 1f1b | interleaved_1f1b | zero_bubble | zbv.")
@@ -101,8 +105,13 @@ def train(
 
     data = {"train": train, "validation": validation, "test": test, "block_size": block_size}
     changes: dict[str, Any] = {"teacher": teacher}
-    if method is not None:
-        changes["distill"] = {"method": method, "losses": None}
+    distill: dict[str, Any] = {} if method is None else {"method": method, "losses": None}
+    if teacher_cache is not None:
+        distill["teacher_cache"] = teacher_cache
+    if cuda_graph:
+        distill["cuda_graph"] = True
+    if distill:
+        changes["distill"] = distill
     weight = _weight(bits, scale, granularity, group_size)
     if weight is not None:
         changes["quant"] = {"weight": weight}

@@ -1,0 +1,260 @@
+"""What a frozen teacher says about each training sample, on disk: computed in the first epoch, read in the others.
+
+A cache is a folder: `cache.json` says what it is made of (data, teacher, shapes), `scores.bin` and `hidden.bin` hold
+one row per sample, memory-mapped, and `rows.bin` each row's checksum and the fingerprint of the sample it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from tsld_fx.errors import CheckpointError, ConfigError, DataError
+from tsld_fx.runs import whole_folder, write_json
+
+VERSION = 1
+KINDS = ("token_scores", "hidden_states")
+FIELDS = ("tsld_sample", "tsld_print", "tsld_row")  # what `CachedSamples` adds to an item
+_ROW = np.dtype([("fingerprint", "<u8"), ("checksum", "<u4"), ("filled", "<u4")])
+_PROBES = 64  # samples that are compared when a cache is opened; each one is compared again when it is read
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """A sample's row: `scores` float32 [T - 1], the teacher's cross-entropy; `hidden` [T, H], its head's input."""
+
+    scores: Tensor
+    hidden: Tensor | None
+
+
+class TeacherCache:
+    """The rows of one data set under one teacher.
+
+    Args:
+        folder: made with the first rows; an existing one is checked and continued.
+        kind: `token_scores` (4 bytes a token) or `hidden_states` (these too, and no teacher runs any more).
+        data: the training samples, all of one length.
+        teacher: its content is part of the cache's identity.
+        scored: whether the scores are kept (an objective with TSLD) or zeros stand for them.
+
+    Raises:
+        ConfigError, DataError: an unknown kind, samples that cannot be cached, or a folder made for other data or by
+            another teacher.
+        CheckpointError: a damaged folder.
+    """
+
+    def __init__(
+        self, folder: str | Path, kind: str, data: Dataset[Any], teacher: nn.Module, scored: bool = True
+    ) -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"teacher_cache={kind!r} is not one of {', '.join(KINDS)}.")
+        self.folder, self.kind = Path(folder), kind
+        count = len(data) if hasattr(data, "__len__") and hasattr(data, "__getitem__") else 0  # type: ignore[arg-type]
+        if not count:
+            raise DataError("teacher_cache: samples are found again by their number; give a data set with a length.")
+        picked = sorted({i * (count - 1) // max(_PROBES - 1, 1) for i in range(_PROBES)})
+        probes = [data[i] for i in picked]
+        lengths = {len(item["input_ids"]) for item in probes}
+        if len(lengths) > 1:
+            raise DataError(
+                f"teacher_cache: samples have {min(lengths)} to {max(lengths)} tokens. Cut or pad all to one length."
+            )
+        digest = hashlib.sha256(b"".join(fingerprint(item).to_bytes(8, "little") for item in probes)).hexdigest()
+        self.identity: dict[str, Any] = {
+            "version": VERSION, "kind": kind, "samples": count, "tokens": lengths.pop(), "data": digest,
+            "teacher": teacher_digest(teacher), "scored": scored,
+        }  # fmt: skip
+        self._rows: Any = None
+        self._scores: Any = None
+        self._hidden: Any = None
+        self._dtype = torch.float32
+        self.opened()
+
+    def opened(self) -> bool:
+        """Map the folder if it is there; whether it is."""
+        if self._rows is not None:
+            return True
+        record = self.folder / "cache.json"
+        if not record.is_file():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise CheckpointError(
+                    f"{self.folder}: the folder is not empty and no teacher cache. Choose another one."
+                )
+            return False
+        try:
+            stored = json.loads(record.read_text(encoding="utf-8"))
+            shapes, self._dtype = stored.pop("shapes"), _DTYPES[stored.pop("dtype")]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{record}: cannot be read ({error!r}). Delete the folder; it is made anew."
+            ) from None
+        for name, value in self.identity.items():
+            if stored.get(name) != value:
+                raise DataError(
+                    f"{self.folder}: the teacher cache was made for another run: {name} is {stored.get(name)!r} there "
+                    f"and {value!r} here. Delete the folder, or choose another cache folder."
+                )
+        self._scores = self._map("scores.bin", np.float32, shapes["scores"])
+        if shapes["hidden"]:
+            self._hidden = self._map("hidden.bin", _numpy_dtype(self._dtype), shapes["hidden"])
+        self._rows = self._map("rows.bin", _ROW, [self.identity["samples"]])
+        return True
+
+    def _map(self, name: str, dtype: Any, shape: Sequence[int]) -> Any:
+        file, size = self.folder / name, int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if not file.is_file() or file.stat().st_size != size:
+            found = file.stat().st_size if file.is_file() else 0
+            raise CheckpointError(f"{file}: {found} bytes instead of {size}. Delete the folder; it is made anew.")
+        return np.memmap(file, dtype=dtype, mode="r+", shape=tuple(shape))
+
+    def _create(self, hidden: Tensor | None) -> None:
+        count, tokens = self.identity["samples"], self.identity["tokens"]
+        self._dtype = torch.float32 if hidden is None else hidden.dtype
+        wide = None if hidden is None else [count, tokens, hidden.shape[-1]]
+        shapes = {"scores": [count, tokens - 1], "hidden": wide}
+        sizes = {"scores.bin": count * (tokens - 1) * 4, "rows.bin": count * _ROW.itemsize}
+        if wide is not None:
+            sizes["hidden.bin"] = int(np.prod(wide)) * self._dtype.itemsize
+        with whole_folder(self.folder) as folder:
+            for name, size in sizes.items():
+                with (folder / name).open("wb") as file:
+                    os.truncate(file.fileno(), size)
+            dtype = str(self._dtype).removeprefix("torch.")
+            write_json(folder / "cache.json", {**self.identity, "shapes": shapes, "dtype": dtype})
+        self.opened()
+
+    def put(self, samples: Sequence[int], prints: Sequence[int], scores: Tensor, hidden: Tensor | None) -> None:
+        """Write the rows of some samples.
+
+        Args:
+            prints: fingerprints of the samples, as signed 64-bit integers.
+            scores: [B, T - 1]; hidden: [B, T, H] where the cache keeps hidden states.
+        """
+        hidden = hidden.detach().cpu() if hidden is not None and self.kind == "hidden_states" else None
+        if scores.shape[1] != self.identity["tokens"] - 1:
+            raise DataError(
+                f"teacher_cache: a batch has {scores.shape[1] + 1} tokens, the samples {self.identity['tokens']}. "
+                "Cut or pad all samples to one length, before the collator."
+            )
+        if not self.opened():
+            self._create(hidden)
+        rows = scores.detach().float().cpu().numpy()
+        for place, (sample, mark) in enumerate(zip(samples, prints, strict=True)):
+            self._scores[sample] = rows[place]
+            if hidden is not None:
+                self._hidden[sample] = _as_numpy(hidden[place].to(self._dtype))
+            self._rows[sample] = (mark % 2**64, self._checksum(sample), 1)
+
+    def _checksum(self, sample: int) -> int:
+        value = zlib.crc32(self._scores[sample].tobytes())
+        return value if self._hidden is None else zlib.crc32(self._hidden[sample].tobytes(), value)
+
+    def get(self, sample: int, mark: int) -> TeacherRow | None:
+        """The row of a sample, None while there is none.
+
+        Raises:
+            DataError: the row was made for other tokens.
+            CheckpointError: the row is damaged.
+        """
+        if not self.opened() or not self._rows[sample]["filled"]:
+            return None
+        if int(self._rows[sample]["fingerprint"]) != mark % 2**64:
+            raise DataError(
+                f"{self.folder}: sample {sample} is not the one that the teacher cache was made for. Delete the "
+                "folder, and cache only data sets that give the same sample for the same number each time."
+            )
+        if int(self._rows[sample]["checksum"]) != self._checksum(sample):
+            raise CheckpointError(f"{self.folder}: the row of sample {sample} is damaged. Delete the folder.")
+        hidden = None if self._hidden is None else _as_torch(self._hidden[sample], self._dtype)
+        return TeacherRow(torch.from_numpy(np.array(self._scores[sample])), hidden)
+
+    def filled(self) -> int:
+        """Samples that have a row."""
+        return int(self._rows["filled"].sum()) if self.opened() else 0
+
+    def __getstate__(self) -> dict[str, Any]:  # a loader's worker maps the files itself
+        return self.__dict__ | {"_rows": None, "_scores": None, "_hidden": None}
+
+
+class CachedSamples(Dataset[dict[str, Any]]):
+    """A data set whose items carry their number, their fingerprint, and their row where the cache has one."""
+
+    def __init__(self, data: Dataset[Any], cache: TeacherCache) -> None:
+        self.data, self.cache = data, cache
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = dict(self.data[index])
+        mark = fingerprint(item)
+        return item | dict(zip(FIELDS, (index, mark, self.cache.get(index, mark)), strict=True))
+
+
+class CachedBatches:
+    """A collator that hands the samples to another one and adds the teacher's rows where all samples have one.
+
+    It adds `tsld_sample` and `tsld_print` [B] int64, `token_scores` [B, T - 1] and `teacher_hidden` [B, T, H].
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        if FIELDS[0] not in items[0]:  # evaluation
+            return dict(self.collator(items))
+        extra = [[item[name] for item in items] for name in FIELDS]
+        batch = dict(self.collator([{k: v for k, v in item.items() if k not in FIELDS} for item in items]))
+        batch["tsld_sample"] = torch.tensor(extra[0])
+        batch["tsld_print"] = torch.tensor([mark - 2**64 if mark >= 2**63 else mark for mark in extra[1]])
+        if all(row is not None for row in extra[2]):
+            batch["token_scores"] = torch.stack([row.scores for row in extra[2]])
+            if extra[2][0].hidden is not None:
+                batch["teacher_hidden"] = torch.stack([row.hidden for row in extra[2]])
+        return batch
+
+
+def fingerprint(item: Mapping[str, Any]) -> int:
+    """64 bits over everything of a sample that the teacher's row depends on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        if item.get(name) is not None:
+            digest.update(name.encode() + np.asarray(item[name], dtype=np.int64).tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def teacher_digest(teacher: nn.Module) -> str:
+    """A digest of a model's tensors: names, shapes, exact sums of their bits, and 256 values of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        flat = tensor.detach().contiguous().view(-1)
+        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        total = int(bits.sum(dtype=torch.int64)) if bits.numel() else 0
+        some = bits[:: max(1, bits.numel() // 256)][:256].to(torch.int64).cpu().numpy().tobytes()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {total}".encode() + some)
+    return digest.hexdigest()
+
+
+def _numpy_dtype(dtype: torch.dtype) -> Any:
+    return np.float32 if dtype == torch.float32 else np.int16
+
+
+def _as_numpy(tensor: Tensor) -> Any:
+    return tensor.numpy() if tensor.dtype == torch.float32 else tensor.view(torch.int16).numpy()
+
+
+def _as_torch(row: Any, dtype: torch.dtype) -> Tensor:
+    value = torch.from_numpy(np.array(row))
+    return value if dtype == torch.float32 else value.view(dtype)
