@@ -26,12 +26,12 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return tsld_fx.relax.compile(reference("llama"), folder / "program", generation=False, batch=2, tokens=5)
 
 
-def changed(source: Path, target: Path, **changes: Any) -> Path:
+def changed(source: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a program whose manifest says something else."""
-    shutil.copytree(source, target)
-    manifest = json.loads((target / "manifest.json").read_text())
-    (target / "manifest.json").write_text(json.dumps({**manifest, **changes}))
-    return target
+    shutil.copytree(source, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return folder
 
 
 def test_static_program_refuses_other_shapes(static: Path) -> None:

@@ -57,7 +57,10 @@ def schedule_products(module: Any, _: Any) -> Any:
 
 
 def _is_open(function: Any) -> bool:
-    return isinstance(function, PrimFunc) and "tirx.is_scheduled" not in (function.attrs or {})
+    """Whether a function is of blocks under a root block (TVM's own cumsum is not) and nobody scheduled it."""
+    if not isinstance(function, PrimFunc) or "tirx.is_scheduled" in (function.attrs or {}):
+        return False
+    return getattr(getattr(function.body, "block", None), "name_hint", None) == "root"
 
 
 def _scheduled(function: Any) -> Any:

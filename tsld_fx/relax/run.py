@@ -304,6 +304,8 @@ def _load_runtime(folder: Path, manifest: dict[str, Any], cuda: bool) -> Any:
     except ImportError as error:
         wanted = manifest["versions"]["apache-tvm-ffi"]
         raise ProgramError(f"{folder}: apache-tvm-ffi is missing. `pip install apache-tvm-ffi=={wanted}`.") from error
+    if cuda:
+        _load_cudart(folder)
     for name in ("libtvm_runtime.so", *(["libtvm_runtime_cuda.so"] if cuda else [])):
         path = next((p for p in (installed_library(name), folder / name) if p is not None and p.is_file()), None)
         if path is None:
@@ -316,6 +318,20 @@ def _load_runtime(folder: Path, manifest: dict[str, Any], cuda: bool) -> Any:
         except OSError as error:
             raise ProgramError(f"{path} does not load here: {error}.") from error
     return tvm_ffi
+
+
+def _load_cudart(folder: Path) -> None:
+    """CUDA's runtime library, from the system or from NVIDIA's Python packages."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    packaged = [str(path) for place in places for path in sorted(Path(place).glob("*/lib/libcudart.so.13"))]
+    for name in ("libcudart.so.13", *packaged, "/usr/local/cuda/lib64/libcudart.so.13"):
+        try:
+            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+            return
+        except OSError:
+            continue
+    raise ProgramError(f"{folder}: libcudart.so.13 is not here. `pip install nvidia-cuda-runtime`, or install CUDA 13.")
 
 
 def installed_library(name: str) -> Path | None:
