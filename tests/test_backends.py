@@ -78,12 +78,13 @@ def test_format_without_a_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPa
         convert(prepared, backend="cuda")
 
 
-def test_auto_is_the_reference_on_the_cpu(tmp_path: Path) -> None:
+def test_auto_is_the_cpu_on_the_cpu(tmp_path: Path) -> None:
     lowered = convert(prepare(build("gpt2")))
-    assert lowered.backend == "reference"
-    assert not any(layer.kernels for layer in lowered.lowbit_layers().values())
+    assert lowered.backend == "cpu"
+    assert all(layer.kernels == "cpu" for layer in lowered.lowbit_layers().values())
     lowered.save_pretrained(tmp_path)
-    assert tsld_fx.load(tmp_path).backend == "reference"
+    assert tsld_fx.load(tmp_path).backend == "cpu"
+    assert not any(layer.kernels for layer in convert(prepare(build("gpt2")), "reference").lowbit_layers().values())
 
 
 def test_unknown_backend_names_those_that_exist() -> None:
@@ -174,8 +175,8 @@ def test_layers_register_where_they_arrive(layer: LowBitLinear, monkeypatch: pyt
     assert places == ["cpu"] * 4
 
 
-def test_layers_on_the_cpu_run_the_reference_whatever_they_ask_for() -> None:
-    lowered = convert(prepare(build("llama")))
+def test_layers_on_the_cpu_that_ask_for_cuda_run_the_reference() -> None:
+    lowered = convert(prepare(build("llama")), "reference")
     expected = lowered(ids()).logits
     for one in lowered.lowbit_layers().values():
         one.use_kernels()

@@ -69,7 +69,7 @@ def test_lowered_model_and_graph_agree_with_the_prepared_model(family: str) -> N
     assert not calls(lowered.graph_module.graph, torch.ops.tsld.fake_quant.default)
     assert isinstance(lowered, LoweredModel)
     assert isinstance(lowered, type(build(family)))
-    assert lowered.backend == "reference"
+    assert lowered.backend == "cpu"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -118,7 +118,7 @@ def test_model_agrees_with_the_reference(family: str, kind: str, dtype: torch.dt
 
 
 def test_auto_goes_by_where_the_model_lies() -> None:
-    assert convert(prepared_model("llama")).backend == "reference"
+    assert convert(prepared_model("llama")).backend == "cpu"
     prepared = prepared_model("llama").to("cuda")
     lowered = convert(prepared)
     assert lowered.backend == "cuda" and all_on_kernels(lowered)
@@ -251,7 +251,7 @@ def test_save_and_load(tmp_path: Path, dtype: torch.dtype) -> None:
         # not equal: `.to(dtype)` rounded the rotary frequencies too, which a fresh model computes in float32
         assert relative(logits, converted) <= MODEL[dtype]
     on_cpu = tsld_fx.load(tmp_path)
-    assert (on_cpu.backend, on_cpu.device.type) == ("reference", "cpu")
+    assert (on_cpu.backend, on_cpu.device.type) == ("cpu", "cpu")
 
 
 def test_graph_compiles_in_one_piece(calls: list) -> None:

@@ -1,7 +1,7 @@
 // Many tokens with AMX int8 tiles: 2-bit and 4-bit codes are unpacked once per block of inputs and used for up to
 // kAmxRound tokens. Included in the namespace of the AVX512 level.
 
-constexpr int64_t kAmxInputs = 16;  // tiles of 64 inputs unpacked at once: 32 KiB
+constexpr int64_t kAmxInputs = 8;   // tiles of 64 inputs unpacked at once: 16 KiB
 constexpr int64_t kAmxRound = 128;  // tokens whose int32 sums stay in the cache
 
 struct alignas(64) TileConfig {
@@ -92,6 +92,17 @@ TSLD_AMX_TARGET void many_tokens(const Weights& w, const Workspace& layout, cons
   for (int64_t r0 = t0; r0 < t1; r0 += kAmxRound) {
     const int64_t r1 = r0 + kAmxRound < t1 ? r0 + kAmxRound : t1;
     memset(acc, 0, static_cast<size_t>(r1 - r0) * sizeof acc[0]);
+    const int8_t* planes[3 * kAmxRound / 16];  // tiles of 16 tokens, of all limbs that are in use
+    int32_t* sums[3 * kAmxRound / 16];
+    int count = 0;
+    for (int64_t t = r0; t < r1; t += 16) {
+      int limbs = 0;
+      for (int64_t i = t; i < t + 16 && i < r1; i++) limbs = facts[i].limbs > limbs ? facts[i].limbs : limbs;
+      for (int l = 0; l < limbs; l++, count++) {
+        planes[count] = layout.tile(ws, w, t / 16, l);
+        sums[count] = d[l][t - r0];
+      }
+    }
     for (int64_t index = 0; index < layout.segments; index++) {
       const Segment s = segment(w, index);
       for (int half = 0; half < 2; half++)
@@ -100,27 +111,12 @@ TSLD_AMX_TARGET void many_tokens(const Weights& w, const Workspace& layout, cons
           const bool first = k0 == s.at / 64;
           const uint8_t* from = w.codes() + panel * w.panel_bytes() + k0 * 2 * BITS * 256 + half * 128;
           unpack_tiles<BITS>(from, tiles, codes);
-          for (int64_t t = r0; t < r1;) {
-            int32_t* d0 = d[0][t - r0] + 32 * half;
-            const int8_t* a0 = layout.tile(ws, w, t / 16, 0) + k0 * 1024;
-            if (layout.limbs == 3) {
-              const int64_t last = t + 16 < r1 ? t + 16 : r1;
-              multiply_tiles<2>(a0, layout.tile(ws, w, t / 16, 1) + k0 * 1024, codes, tiles, d0,
-                                d[1][t - r0] + 32 * half, first);
-              bool wide = false;
-              for (int64_t i = t; i < last; i++) wide |= facts[i].limbs == 3;
-              if (wide) {
-                const int8_t* a2 = layout.tile(ws, w, t / 16, 2) + k0 * 1024;
-                multiply_tiles<1>(a2, a2, codes, tiles, d[2][t - r0] + 32 * half, nullptr, first);
-              }
-              t += 16;
-            } else if (t + 16 < r1) {
-              multiply_tiles<2>(a0, a0 + 16 * w.k_pad, codes, tiles, d0, d0 + 16 * kPanel, first);
-              t += 32;
-            } else {
-              multiply_tiles<1>(a0, a0, codes, tiles, d0, nullptr, first);
-              t += 16;
-            }
+          for (int i = 0; i < count; i += 2) {
+            int32_t* d0 = sums[i] + 32 * half;
+            const int8_t* a0 = planes[i] + k0 * 1024;
+            if (i + 1 < count)
+              multiply_tiles<2>(a0, planes[i + 1] + k0 * 1024, codes, tiles, d0, sums[i + 1] + 32 * half, first);
+            else multiply_tiles<1>(a0, a0, codes, tiles, d0, nullptr, first);
           }
         }
       for (int64_t t = r0; t < r1; t++) {

@@ -69,6 +69,20 @@ static inline Weights geometry(int bits, int64_t n, int64_t k, int64_t group, bo
   return w;
 }
 
+// The codes of one step of a row, canonical (input 4 s + i of 2 bits at bit 8 s + 2 i) -> kernel order (8 i + 2 s).
+static inline uint32_t step_word(int bits, uint32_t word) {
+  if (bits == 2) {  // transpose 4 x 4 fields
+    uint32_t swap = (word ^ word >> 6) & 0x00cc00ccu;
+    word ^= swap ^ swap << 6;
+    swap = (word ^ word >> 12) & 0x0000f0f0u;
+    return word ^ swap ^ swap << 12;
+  }
+  if (bits == 8) return word;
+  uint32_t low = word & 0xffff, high = word >> 16;  // inputs 0 to 3, 4 to 7: one nibble to a byte each
+  low = (low | low << 8) & 0x00ff00ffu, high = (high | high << 8) & 0x00ff00ffu;
+  return ((low | low << 4) & 0x0f0f0f0fu) | ((high | high << 4) & 0x0f0f0f0fu) << 4;
+}
+
 static inline void pack(int bits, int64_t n, int64_t k, int64_t group, const uint8_t* packed, const float* scales,
                         bool per_row, const uint8_t* zeros, void* out) {
   const Weights w = geometry(bits, n, k, group, zeros != nullptr);
@@ -83,7 +97,15 @@ static inline void pack(int bits, int64_t n, int64_t k, int64_t group, const uin
     const uint8_t* line = packed + row * width;
     for (int64_t index = 0; index < w.segments(); index++) {
       const Segment s = segment(w, index);
-      for (int64_t i = 0; i < s.length; i++) {
+      int64_t i = 0;
+      if (s.start % step == 0)  // four canonical bytes are one step
+        for (; i + step <= s.length; i += step) {
+          uint32_t word;
+          memcpy(&word, line + (s.start + i) / parts, 4);
+          word = step_word(bits, word);
+          memcpy(panel + (s.at + i) / step * 256, &word, 4);
+        }
+      for (; i < s.length; i++) {
         const int64_t from = s.start + i, to = s.at + i;
         const int code = line[from / parts] >> (from % parts * bits) & mask;
         panel[to / step * 256 + to % 4] |= static_cast<uint8_t>(code << (to % step / 4 * bits));

@@ -1,58 +1,65 @@
 // Activations -> planes of int8 limbs (or float32), and sums of the finished tokens -> y. Included once per level, in
-// its namespace, with TSLD_TARGET: plain C++ that the compiler vectorises for the level. Sums run in a fixed order of
-// 16 lanes, so every level gives the same bits.
+// its namespace, with TSLD_TARGET: vector types of GNU C++, which the compiler lowers to what the level has. Sums run in
+// a fixed order of 16 lanes, so every level gives the same bits.
 
 template <int DTYPE>
-TSLD_TARGET TSLD_INLINE void load16(const void* x, int64_t at, int64_t count, float* out) {
+TSLD_TARGET TSLD_INLINE void load16(const void* x, int64_t at, int64_t count, Floats16* out) {
   if (DTYPE == TSLD_CPU_F32) {
     const float* from = static_cast<const float*>(x) + at;
-    if (count >= 16) memcpy(out, from, 64);
-    else
-      for (int i = 0; i < 16; i++) out[i] = i < count ? from[i] : 0.0f;
+    if (count >= 16) {
+      memcpy(out, from, 64);
+    } else {
+      *out = Floats16{};
+      for (int64_t i = 0; i < count; i++) (*out)[i] = from[i];
+    }
     return;
   }
   const uint16_t* from = static_cast<const uint16_t*>(x) + at;
-  uint16_t raw[16];
-  if (count >= 16) memcpy(raw, from, 32);
+  Halves16 raw = {};
+  if (count >= 16) memcpy(&raw, from, 32);
   else
-    for (int i = 0; i < 16; i++) raw[i] = i < count ? from[i] : 0;
-  for (int i = 0; i < 16; i++) out[i] = DTYPE == TSLD_CPU_BF16 ? from_bf16(raw[i]) : from_f16(raw[i]);
+    for (int64_t i = 0; i < count; i++) raw[i] = from[i];
+  const Words16 h = __builtin_convertvector(raw, Words16);
+  if (DTYPE == TSLD_CPU_BF16) {
+    *out = (Floats16)(h << 16);
+    return;
+  }
+  const Words16 magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+  const Words16 finite = (Words16)((Floats16)magnitude * 0x1p112f);  // subnormals come out right, too
+  const Words16 special = (Words16)(magnitude >= 0x0f800000u);
+  *out = (Floats16)(sign | (special & (magnitude | 0x7f800000u)) | (~special & finite));
 }
 
 // Bits of the largest magnitude of a row; NaN and Inf are the largest.
 template <int DTYPE>
 TSLD_TARGET uint32_t largest_bits(const void* x, int64_t k) {
-  uint32_t top[16] = {};
+  Ints16 top = {};
   for (int64_t i = 0; i < k; i += 16) {
-    float v[16];
-    load16<DTYPE>(x, i, k - i, v);
-    for (int j = 0; j < 16; j++) {
-      const uint32_t m = as_bits(v[j]) & 0x7fffffffu;
-      top[j] = m > top[j] ? m : top[j];
-    }
+    Floats16 v;
+    load16<DTYPE>(x, i, k - i, &v);
+    const Ints16 m = (Ints16)v & 0x7fffffff, larger = m > top;
+    top = (larger & m) | (~larger & top);
   }
   for (int j = 1; j < 16; j++) top[0] = top[j] > top[0] ? top[j] : top[0];
-  return top[0];
+  return static_cast<uint32_t>(top[0]);
 }
 
 // Sum of the squares of x * prescale * inverse.
 template <int DTYPE>
 TSLD_TARGET float squares_of_row(const void* x, int64_t k, float prescale, float inverse) {
-  float squares[16] = {};
+  Floats16 squares = {};
   for (int64_t i = 0; i < k; i += 16) {
-    float v[16];
-    load16<DTYPE>(x, i, k - i, v);
-    for (int j = 0; j < 16; j++) {
-      const float u = v[j] * prescale * inverse;
-      squares[j] += u * u;
-    }
+    Floats16 v;
+    load16<DTYPE>(x, i, k - i, &v);
+    v = v * prescale * inverse;
+    squares += v * v;
   }
   for (int half = 8; half; half /= 2)
     for (int j = 0; j < half; j++) squares[j] += squares[j + half];
   return squares[0];
 }
 
-// Limbs of one row, from x scaled by `inverse`, into planes; LIMBS 1, 2 or 3.
+// Limbs of one row, from x * prescale * inverse, into planes; LIMBS 1, 2 or 3.
 template <int DTYPE, int LIMBS>
 TSLD_TARGET void limbs_of_row(const Weights& w, const Workspace& layout, void* ws, const void* x, int64_t token,
                               float prescale, float inverse) {
@@ -62,25 +69,20 @@ TSLD_TARGET void limbs_of_row(const Weights& w, const Workspace& layout, void* w
     planes[l] = layout.tiles ? layout.tile(ws, w, token / 16, l) + token % 16 * 64 : layout.plane(ws, token, l);
   for (int64_t index = 0; index < layout.segments; index++) {
     const Segment s = segment(w, index);
-    int32_t total[LIMBS][16] = {};
+    Ints16 total[LIMBS] = {};
     for (int64_t i = 0; i < s.padded; i += 16) {
-      float v[16] = {};
-      if (i < s.length) load16<DTYPE>(x, s.start + i, s.length - i, v);
-      int32_t t[16];
-      for (int j = 0; j < 16; j++) {  // 1.5 * 2^23: the integer, rounded to even, lands in the low bits
-        const float scaled = v[j] * prescale * inverse;
-        t[j] = static_cast<int32_t>(as_bits(scaled + 12582912.0f) - 0x4b400000u);
-      }
+      Floats16 v = {};
+      if (i < s.length) load16<DTYPE>(x, s.start + i, s.length - i, &v);
+      // 1.5 * 2^23: the integer, rounded to even, lands in the low bits
+      Ints16 t = (Ints16)(v * prescale * inverse + 12582912.0f) - 0x4b400000;
       const int64_t to = s.at + i, rest = s.padded - i, place = layout.tiles ? to / 64 * 1024 + to % 64 : to;
       for (int l = 0; l < LIMBS; l++) {
-        int8_t q[16];
-        for (int j = 0; j < 16; j++) {
-          q[j] = static_cast<int8_t>(t[j]);
-          total[l][j] += q[j];
-          t[j] = (t[j] - q[j]) >> 8;
-        }
-        if (rest >= 16) memcpy(planes[l] + place, q, 16);
-        else memcpy(planes[l] + place, q, static_cast<size_t>(rest));
+        const Bytes16 q = __builtin_convertvector(t, Bytes16);
+        const Ints16 digit = t << 24 >> 24;
+        total[l] += digit;
+        t = (t - digit) >> 8;
+        if (rest >= 16) memcpy(planes[l] + place, &q, 16);
+        else memcpy(planes[l] + place, &q, static_cast<size_t>(rest));
       }
     }
     for (int l = 0; l < LIMBS; l++) {
@@ -97,9 +99,9 @@ TSLD_TARGET void floats_of_row(const Weights& w, const Workspace& layout, void* 
   for (int64_t index = 0; index < layout.segments; index++) {
     const Segment s = segment(w, index);
     for (int64_t i = 0; i < s.padded; i += 16) {
-      float v[16] = {};
-      if (i < s.length) load16<DTYPE>(x, s.start + i, s.length - i, v);
-      memcpy(plane + s.at + i, v, (s.padded - i < 16 ? static_cast<size_t>(s.padded - i) : 16) * 4);
+      Floats16 v = {};
+      if (i < s.length) load16<DTYPE>(x, s.start + i, s.length - i, &v);
+      memcpy(plane + s.at + i, &v, (s.padded - i < 16 ? static_cast<size_t>(s.padded - i) : 16) * 4);
     }
   }
 }
@@ -121,9 +123,11 @@ TSLD_TARGET void quantize_rows(const Weights& w, int level, int activations, con
     const float largest = as_float(top);
     const bool tiny = largest < 0x1p-60f;  // then 1 / largest or the scale would leave float's range
     const float prescale = finite ? (tiny ? 0x1p64f : 1.0f) : 0.0f, reach = largest * prescale;
-    const bool wide = layout.limbs == 3 && finite && reach > 0 &&  // largest > 6 * root mean square
-                      static_cast<float>(w.k) > 36.0f * squares_of_row<DTYPE>(row, w.k, prescale, 1.0f / reach);
-    const float range = layout.limbs == 1 ? 127.0f : wide ? 4128768.0f : 32512.0f;
+    const bool wide =  // float32, or largest > 6 * root mean square
+        layout.limbs == 3 && finite && reach > 0 &&
+        (DTYPE == TSLD_CPU_F32 ||
+         static_cast<float>(w.k) > 36.0f * squares_of_row<DTYPE>(row, w.k, prescale, 1.0f / reach));
+    const float range = layout.limbs == 1 ? 127.0f : wide ? 4161536.0f : 32512.0f;  // 127, 127 * 2^15, 127 * 2^8
     const float inverse = finite && reach > 0 ? range / reach : 0.0f;
     token = {finite ? reach / range : as_float(0x7fc00000u), tiny ? 0x1p-64f : 1.0f,
              layout.limbs == 1 ? 1 : wide ? 3 : 2, 0};

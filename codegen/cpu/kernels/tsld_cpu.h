@@ -17,8 +17,8 @@
 // Cut token ranges at multiples of 32 (TSLD_CPU_TOKEN_STEP); results do not depend on the cuts, nor on the level. Keep
 // `tokens` of one round below about 256: the workspace then stays in the cache.
 //
-// Activations: a16 two int8 limbs per value (three for rows whose largest value exceeds 6 times their root mean
-// square), int8 one limb, scaled by the row's largest magnitude; sums are exact integers. add: float32 additions and
+// Activations: a16 two int8 limbs per value, three for float32 and for rows whose largest value exceeds 6 times their
+// root mean square; int8 one limb; scaled by the row's largest magnitude. Sums are exact integers. add: float32 additions and
 // subtractions only (ternary without zero points; other layers run a16). A row of x that holds NaN or Inf gives NaN
 // throughout.
 //
