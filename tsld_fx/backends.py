@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tsld_fx.errors import BackendError
 from tsld_fx.lowbit_linear import LowBitLinear
 
-BACKENDS = ("reference", "cuda", "cpu")
+BACKENDS = ("reference", "cuda", "cpu", "tvm")
 
 
 def check_backend(name: str, device: torch.device | str | None = None) -> None:
@@ -28,7 +28,8 @@ def check_backend(name: str, device: torch.device | str | None = None) -> None:
             f"backend={name!r} is not available in this version of tsld_fx. "
             f"Use backend='auto' or one of {', '.join(map(repr, BACKENDS))}."
         )
-    problem = _cuda_problem(device) if name == "cuda" else _cpu_problem(device) if name == "cpu" else None
+    problems = {"cuda": _cuda_problem, "cpu": _cpu_problem, "tvm": _tvm_problem}
+    problem = problems[name](device) if name in problems else None
     if problem is not None:
         raise BackendError(f"backend={name!r}: {problem} Or use backend='reference'.")
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -54,9 +55,7 @@ def check_activations(activations: str, backend: str) -> None:
         )
 
 
-def use_backend(
-    model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str = "a16"
-) -> str:
+def use_backend(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str = "a16") -> str:
     """Put a lowered model on a backend; returns which (`auto`: the fastest that serves it where it lies).
 
     Raises:
@@ -75,6 +74,10 @@ def use_backend(
 def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str) -> str:
     check_backend(name, model.device)
     wanted = model.device.type if name == "auto" else name
+    if wanted == "tvm" and layers:
+        for layer in layers.values():
+            layer.use_kernels("tvm")
+        return "tvm"
     if wanted not in ("cpu", "cuda") or not layers:
         return "reference"
     problem = _cpu_problem(model.device) if wanted == "cpu" else _cuda_problem(model.device) or _unserved(layers)
@@ -101,6 +104,19 @@ def _cpu_problem(device: torch.device | str | None) -> str | None:
     try:
         library.level()
     except KernelBuildError as error:
+        return str(error)
+    return None
+
+
+def _tvm_problem(device: torch.device | str | None) -> str | None:
+    """What keeps the layers from running what TVM compiles."""
+    from tsld_fx.relax.tvm_import import check_tvm
+
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        return f"the model lies on {device}, and its kernels are for CPUs. Move it with .to('cpu')."
+    try:
+        check_tvm("backend='tvm'")
+    except BackendError as error:
         return str(error)
     return None
 

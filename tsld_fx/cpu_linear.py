@@ -11,11 +11,16 @@ from tsld_fx.kernel_registry import KernelRegistry
 
 if TYPE_CHECKING:
     from tsld_fx.codegen.cpu.gemm import CpuGemm
+    from tsld_fx.relax.layer_gemm import TvmGemm
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _pack(*weight_and_activations: Any) -> CpuGemm:
+def _pack(*weight_and_activations: Any) -> CpuGemm | TvmGemm:
+    if weight_and_activations[-1] == "tvm":
+        from tsld_fx.relax.layer_gemm import TvmGemm
+
+        return TvmGemm.pack(*weight_and_activations[:-1])
     from tsld_fx.codegen.cpu.gemm import CpuGemm
 
     return CpuGemm.pack(*weight_and_activations)

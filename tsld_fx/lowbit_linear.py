@@ -24,7 +24,7 @@ class LowBitLinear(nn.Module):
     weight is made when the layer arrives there, is no part of its state, and is freed with it.
     """
 
-    kernels: str | None = None  # the type of device whose kernels run: "cpu" or "cuda"
+    kernels: str | None = None  # whose kernels run: those of "cpu" or "cuda", or "tvm"'s on the CPU
     activations = "a16"  # how the CPU's kernels take x
     _entry: Any = None  # the CPU's kernel layout, while the layer is there
 
@@ -83,13 +83,14 @@ class LowBitLinear(nn.Module):
 
     def _register(self) -> None:
         packed, self._entry = self.weight_packed, None
-        if self.kernels != packed.device.type or type(packed) is not Tensor:  # no fake tensors
+        place = "cpu" if self.kernels == "tvm" else self.kernels
+        if place != packed.device.type or type(packed) is not Tensor:  # no fake tensors
             return
         weight = (packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features)
         if self.kernels == "cuda":
             cuda_linear.register(*weight)
         else:
-            self._entry = cpu_linear.register(*weight, self.activations)
+            self._entry = cpu_linear.register(*weight, "tvm" if self.kernels == "tvm" else self.activations)
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out_features, in_features] that the codes stand for."""
