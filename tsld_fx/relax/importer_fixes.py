@@ -43,9 +43,11 @@ def slice_in_bounds(node: fx.Node, importer: Any) -> Any:
     start, end, step = (importer.env[v] if isinstance(v, fx.Node) else v for v in (start, end, step))
     source = importer.env[x]
     axis = dim % len(source.ty.shape)
-    if start in (None, 0) and step == 1 and ir.prim.expr_deep_equal(end, source.ty.shape[axis]):
+    start = 0 if start is None else start
+    whole = isinstance(start, int) and start == 0 and isinstance(step, int) and step == 1
+    if whole and ir.prim.expr_deep_equal(end, source.ty.shape[axis]):
         return source
-    sliced = relax.op.strided_slice(source, [axis], [start or 0], [end], [step], assume_inbound=True)
+    sliced = relax.op.strided_slice(source, [axis], [start], [end], [step], assume_inbound=True)
     return importer.block_builder.emit(sliced)
 
 

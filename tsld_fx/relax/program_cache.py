@@ -103,4 +103,4 @@ def describe(module: Any) -> str:
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:400]
+    return (lines[-1] if lines else type(error).__name__)[:400].rstrip(".") + "."
