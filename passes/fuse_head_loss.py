@@ -62,7 +62,7 @@ class FuseHeadLoss(PassBase):
             set_val(node)
         output.args = (dict(zip(RESULTS, results, strict=True)) | others,)
         graph.erase_node(head)
-        graph.set_codegen(fx.graph.CodeGen())  # the exported pytree knows nothing of the new inputs and outputs
+        _forget_signature(graph_module)
         return PassResult(graph_module, True)
 
 
@@ -74,6 +74,15 @@ def head_of(output: fx.Node) -> fx.Node | None:
         value = value[0]
     is_head = isinstance(value, fx.Node) and value.target is aten.linear.default and set(value.users) == {output}
     return value if is_head else None
+
+
+def _forget_signature(graph_module: fx.GraphModule) -> None:
+    """Drop what torch.export knows of inputs and outputs: its pytree, and its check of every call's arguments."""
+    graph_module.graph.set_codegen(fx.graph.CodeGen())
+    hooks = graph_module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if "check_input_constraints" in getattr(hook, "__name__", "")]:
+        del hooks[key]
+        graph_module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _add_inputs(graph: fx.Graph, head: fx.Node) -> dict[str, fx.Node]:

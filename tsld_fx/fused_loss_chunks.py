@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsld_fx.fused_loss_rows import IGNORE, RowLosses, RowWeights, cross_entropy_rows, loss_rows
+from tsld_fx.fused_loss_rows import RowLosses, RowWeights, cross_entropy_rows, loss_rows
+from tsld_fx.loss_checks import IGNORE
 from tsld_fx.losses import scales_of_scores
 
 LOGITS_BYTES = 640 << 20  # most that the logits of one chunk take, per model
@@ -62,7 +63,7 @@ class Head:
         return self.hidden[here].to(self.dtype)
 
     def logits(self, here: slice) -> Tensor:
-        """[rows, V] of a slice; on a GPU the buffer's rows are padded, so that every vocabulary is aligned for GEMMs."""
+        """[rows, V] of a slice; on a GPU the buffer's rows are padded, so that GEMMs find any vocabulary aligned."""
         size, x = self.weight.shape[0], self.rows(here)
         if self.buffer is None or self.buffer.shape[0] < x.shape[0]:
             width = -(-size // 64) * 64 if x.is_cuda else size  # oneDNN reads bf16 rows beyond their end

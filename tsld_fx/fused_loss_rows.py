@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from tsld_fx.loss_checks import IGNORE
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class LeanTrainer(WholeCheckpointTrainer):
         self._parts: dict[str, list[Tensor]] = defaultdict(list)  # of the steps since the last log line
         self._step_parts: dict[str, list[Tensor]] = defaultdict(list)  # of the step that runs
         self._step_graphs: dict[tuple[str, ...], StepGraph] = {}
+        self._operations: dict[tuple[int, ...], int] = {}
         self._weights = WeightCache() if self._keeps_weights() else None
 
     def _keeps_weights(self) -> bool:
@@ -57,6 +58,13 @@ class LeanTrainer(WholeCheckpointTrainer):
         loss, parts = self._step_graphs[key](self._prepare_inputs(inputs))
         self._add_parts(parts)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Trainer's count, which walks over all parameters, once per shape of batch."""
+        shape = tuple(inputs["input_ids"].shape) if "input_ids" in inputs else ()
+        if shape not in self._operations:
+            self._operations[shape] = int(super().floating_point_ops(inputs))
+        return self._operations[shape]
 
     def _add_parts(self, parts: dict[str, list[Tensor]]) -> None:
         for name, values in parts.items():

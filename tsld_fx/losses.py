@@ -6,7 +6,6 @@ TSLD: Kim et al., Token-Scaled Logit Distillation, NeurIPS 2023, arXiv 2308.0674
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsld_fx.distill import DistillConfig, LossTerm
+from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import ConfigError, DataError, TrainingError
 from tsld_fx.layer_losses import attention_distillation, hidden_state_distillation
-
-IGNORE = -100
+from tsld_fx.loss_checks import IGNORE, check_labels, check_targets, require_targets
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -27,42 +25,6 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
     check_labels(labels, tuple(logits.shape))
-
-
-def check_labels(labels: Tensor, logits_shape: tuple[int, ...]) -> None:
-    """Refuse labels that do not fit logits of [B, T, V].
-
-    Raises:
-        DataError: it gives the shapes, or the label outside the vocabulary.
-    """
-    if len(logits_shape) != 3 or tuple(labels.shape) != logits_shape[:2]:
-        raise DataError(
-            f"logits {list(logits_shape)} and labels {list(labels.shape)} do not fit: logits are "
-            "[batch, tokens, vocabulary] and labels [batch, tokens], unshifted."
-        )
-    if not torch.compiler.is_compiling():
-        _check_vocabulary(labels, logits_shape[-1])
-
-
-def _check_vocabulary(labels: Tensor, vocabulary: int) -> None:
-    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))
-    if bool(wrong.any()):
-        row, token = (int(i) for i in wrong.nonzero()[0])
-        raise DataError(
-            f"labels[{row}, {token}] = {int(labels[row, token])} is outside the vocabulary of {vocabulary} "
-            "tokens. Tokenise with the model's own tokenizer, or mark ignored positions with -100."
-        )
-
-
-def check_targets(labels: Tensor, vocabulary: int, terms: Sequence[LossTerm]) -> None:
-    """Refuse labels [B, T] outside the vocabulary, and a batch with no label left where a term is a mean over them.
-
-    Raises:
-        DataError: it says which.
-    """
-    _check_vocabulary(labels, vocabulary)
-    if any(term.kind in ("gt", "logit") for term in terms):
-        _require_targets((labels[:, 1:] != IGNORE).sum())
 
 
 def _check_teacher(student: Tensor, teacher: Tensor) -> None:
@@ -111,16 +73,8 @@ def ground_truth(logits: Tensor, labels: Tensor) -> Tensor:
     _check_labels(logits, labels)
     targets = labels[:, 1:]
     count = (targets != IGNORE).sum()
-    _require_targets(count)
+    require_targets(count)
     return token_cross_entropy(logits[:, :-1], targets).sum() / count
-
-
-def _require_targets(count: Tensor) -> None:
-    if not torch.compiler.is_compiling() and not int(count):
-        raise DataError(
-            "every label of this batch is -100 after the shift: there is nothing to learn from. "
-            "Check the masking of prompts and padding, or drop such samples."
-        )
 
 
 def logit_distillation(
@@ -135,7 +89,7 @@ def logit_distillation(
     _check_teacher(student_logits, teacher_logits)
     valid = labels[:, 1:] != IGNORE
     count = valid.sum()
-    _require_targets(count)
+    require_targets(count)
     student, teacher = student_logits[:, :-1], teacher_logits[:, :-1]
     if temperature != 1.0:
         student, teacher = _wide(student) / temperature, _wide(teacher) / temperature
