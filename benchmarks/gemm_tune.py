@@ -119,7 +119,7 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
                 if shared * per_sm <= limit and per_sm * config.threads <= 2048:
                     found.append(plan)
         elif splits == 1 or tiles * splits <= 4.5 * multiprocessors:
-            most = min(3, limit // config.shared_bytes(spec), config.least_blocks(spec))
+            most = min(6, limit // config.shared_bytes(spec), config.least_blocks(spec))
             found += [Plan(config, splits, per_sm) for per_sm in range(1, most + 1)]
     return found
 

@@ -83,9 +83,10 @@ class GemmConfig:
         if self.moves_registers:
             return 1
         if self.kernel == "wgmma":
-            registers, warps = self.row_tiles * self.tokens // 2 + 66, self.threads // 32
+            registers, warps = self.row_tiles * self.tokens // 2 + 72, self.threads // 32
             registers += 24 * (self.row_tiles > 1 and self.tokens == 16)  # addresses of two row tiles
-            fitting = [b for b in (3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]
+            registers += 24 * (spec.quantised is not None or spec.group > 0)  # the scales of tokens or of groups
+            fitting = [b for b in (6, 5, 4, 3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]
             return max(fitting, default=1)
         sums = (
             self.row_tiles * self.token_tiles * (8 if spec.group and self.token_tiles < 4 else 4)
@@ -125,7 +126,8 @@ class GemmConfig:
                 + tiles * tile_bytes(spec.bits)
                 + _round_up(tiles * meta_bytes(spec), 1024)
             )
-            return 1024 + self.stages * stage
+            store = 2 * 32 * (64 * 2 + 16) * (self.tokens > 32)  # of a warp group
+            return 1024 + self.stages * stage + self.warps_n // 4 * store
         x_bytes = _round_up(self.tokens * (self.warps_k * CHUNK * 2 + 16), 128)
         warp_tiles = self.warps_n * self.warps_k * self.row_tiles
         stage = x_bytes + warp_tiles * tile_bytes(spec.bits) + _round_up(warp_tiles * meta_bytes(spec), 128)

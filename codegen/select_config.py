@@ -78,6 +78,7 @@ _WGMMA = {
     256: GemmConfig(tokens=128, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
     1 << 31: GemmConfig(tokens=128, warps_n=8, warps_m=1, warps_k=1, row_tiles=2, stages=4, kernel="wgmma"),
 }
+_WGMMA_NARROW = {**_WGMMA, 1 << 31: GemmConfig(256, 8, 1, 1, 1, 4, "wgmma")}  # 8-bit activations
 
 
 @lru_cache(maxsize=8)
@@ -136,7 +137,7 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
         plan = Plan(config)  # a block keeps all of x in shared memory: too much for large K
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
             return plan
-    table = _WGMMA if spec.quantised or (spec.hopper and m > 32) else _MMA
+    table = _WGMMA_NARROW if spec.quantised else _WGMMA if spec.hopper and m > 32 else _MMA
     config = table[min((t for t in table if t >= m), default=max(table))]
     config = config.fitted(spec, limit)
     per_sm = max(1, min(limit // config.shared_bytes(spec), 1024 // config.threads, config.least_blocks(spec)))

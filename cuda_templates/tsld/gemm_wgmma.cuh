@@ -32,6 +32,9 @@ struct WgmmaConfig {
   static __device__ __forceinline__ void sync() {  // of the consumers
     asm volatile("bar.sync 1, %0;" ::"n"(kEpilogueThreads) : "memory");
   }
+  static __device__ __forceinline__ void sync_group(int group) {  // of one consumer warp group
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+  }
   static constexpr int kBlockRows = kGroups * kRowTiles * 64;
   static constexpr int kBlockTokens = kTokens;
   static constexpr int kBlockTiles = kBlockRows / kTileRows;  // 16-row tiles of the packed weights
@@ -48,7 +51,10 @@ struct WgmmaConfig {
   static constexpr int kMetaBytes = kBlockTiles * Meta::kBytes;
   static constexpr int kStageBytes = kXBytes + kWeightBytes + ceil_div(kMetaBytes, 1024) * 1024;
   static constexpr int kBarrierBytes = 1024;                  // at the start, so that panels stay aligned
-  static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes;
+  static constexpr int kSlab = kTokens > 32 ? 32 : 0;          // tokens that go through shared memory at once
+  static constexpr int kStoreStride = 64 * 2 + 16;            // bytes of a token's rows, padded against bank conflicts
+  static constexpr int kStoreBytes = 2 * kSlab * kStoreStride; // two buffers of a warp group
+  static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kGroups * kStoreBytes;
 };
 
 template <class C>
@@ -115,6 +121,10 @@ class WgmmaGemm {
   }
   __device__ __forceinline__ u32 weight_stage(int stage) const { return x_stage(stage) + C::kXBytes; }
   __device__ __forceinline__ u32 meta_stage(int stage) const { return weight_stage(stage) + C::kWeightBytes; }
+
+  __device__ __forceinline__ u32 store_buffer(int group, int which) const {
+    return x_stage(C::kStages) + group * C::kStoreBytes + which * (C::kStoreBytes / 2);
+  }
 
   // A position in the ring; it goes on from one work item to the next.
   struct Ring {
@@ -265,50 +275,105 @@ class WgmmaGemm {
     return true;
   }
 
-  // Scale, bias, round, and turn 8x8 blocks around in registers: a lane then holds two neighbouring rows of a token.
+  __device__ __forceinline__ float token_scale(int token) const {
+    return T::kBytes == 1 ? p_.x_scale[min(token, p_.m - 1)] : 1.f;
+  }
+
+  // Two neighbouring tokens of a row: the sums times the scales, plus bias, rounded.
+  __device__ __forceinline__ static u32 finish(Sum first, Sum second, float scale, float shift, const float (&token)[2]) {
+    return T::Out::pack2(static_cast<float>(first) * scale * token[0] + shift,
+                         static_cast<float>(second) * scale * token[1] + shift);
+  }
+
   __device__ __forceinline__ void store(const Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
-    using Out = typename T::Out;
     const u16* bias = static_cast<const u16*>(p_.bias);
-    u16* y = static_cast<u16*>(p_.y);
 #pragma unroll
     for (int rt = 0; rt < C::kRowTiles; ++rt) {
       const int tile = w.row_block * C::kBlockTiles + C::row_tile(warp_, rt);
-      if (tile >= p_.row_tiles) continue;
-      float scale[2], shift[2];
+      float scale[2] = {0.f, 0.f}, shift[2] = {0.f, 0.f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile * kTileRows + lane_ / 4 + 8 * half;
-        scale[half] = p_.row_scale[row] * T::kWeight;
-        shift[half] = bias != nullptr && row < p_.n ? Out::to_float(bias[row]) : 0.f;
+        if (tile < p_.row_tiles) scale[half] = p_.row_scale[row] * T::kWeight;
+        if (bias != nullptr && row < p_.n) shift[half] = T::Out::to_float(bias[row]);
       }
-      const int row = tile * kTileRows + lane_ % 4 * 2;
+      if constexpr (C::kSlab == 0)
+        store_directly(acc[rt], tile, w.token_block * C::kTokens, scale, shift);
+      else
+        store_slabs(acc[rt], rt, tile, w.token_block * C::kTokens, scale, shift);
+    }
+  }
+
+  // Few tokens: 8x8 blocks are turned around in registers; a lane then holds two neighbouring rows of a token.
+  __device__ __forceinline__ void store_directly(const Sum (&acc)[C::kTokenTiles][4], int tile, int token0,
+                                                 const float (&scale)[2], const float (&shift)[2]) const {
+    u16* y = static_cast<u16*>(p_.y);
 #pragma unroll
-      for (int nt = 0; nt < C::kTokenTiles; ++nt) {
-        const int token = w.token_block * C::kTokens + nt * 8 + lane_ / 4;
-        const Sum(&v)[4] = acc[rt][nt];
-        float token_scale[2] = {1.f, 1.f};  // of the two tokens whose sums this lane holds
-        if constexpr (T::kBytes == 1) {
-          const int first = w.token_block * C::kTokens + nt * 8 + lane_ % 4 * 2;
+    for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+      const int first = token0 + nt * 8, token = first + lane_ / 4;
+      const float scales[2] = {token_scale(first + lane_ % 4 * 2), token_scale(first + lane_ % 4 * 2 + 1)};
 #pragma unroll
-          for (int i = 0; i < 2; ++i) token_scale[i] = p_.x_scale[min(first + i, p_.m - 1)];
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const u32 two =
-              transpose8x8(Out::pack2(static_cast<float>(v[2 * half]) * scale[half] * token_scale[0] + shift[half],
-                                      static_cast<float>(v[2 * half + 1]) * scale[half] * token_scale[1] + shift[half]));
-          const int r = row + 8 * half;
-          if (token >= p_.m || r >= p_.n) continue;
-          u16* to = y + static_cast<i64>(token) * p_.n + r;
-          if (p_.n % 2 == 0) {
-            *reinterpret_cast<u32*>(to) = two;
-          } else {
-            to[0] = static_cast<u16>(two);
-            if (r + 1 < p_.n) to[1] = static_cast<u16>(two >> 16);
-          }
+      for (int half = 0; half < 2; ++half) {
+        const u32 two = transpose8x8(finish(acc[nt][2 * half], acc[nt][2 * half + 1], scale[half], shift[half], scales));
+        const int row = tile * kTileRows + 8 * half + lane_ % 4 * 2;
+        if (token >= p_.m || row >= p_.n) continue;
+        u16* to = y + static_cast<i64>(token) * p_.n + row;
+        if (p_.n % 2 == 0) {
+          *reinterpret_cast<u32*>(to) = two;
+        } else {
+          to[0] = static_cast<u16>(two);
+          if (row + 1 < p_.n) to[1] = static_cast<u16>(two >> 16);
         }
       }
     }
+  }
+
+  // Many tokens: a slab of them at a time goes through shared memory, transposed, so that the 64 rows of a warp group
+  // leave as 128 contiguous bytes per token.
+  __device__ __forceinline__ void store_slabs(const Sum (&acc)[C::kTokenTiles][4], int rt, int tile, int first_token,
+                                              const float (&scale)[2], const float (&shift)[2]) const {
+    constexpr int kSlabTiles = C::kSlab / 8, kSlabs = C::kTokens / imax(C::kSlab, 1);
+    const int group = warp_ / 4, row = (tile - warp_ % 4) * kTileRows + threadIdx.x % 8 * 8;
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      const int token0 = first_token + slab * C::kSlab;
+      const u32 buffer = store_buffer(group, (rt * kSlabs + slab) % 2);
+      float scales[kSlabTiles][2];  // of the tokens whose sums this lane holds
+#pragma unroll
+      for (int nt = 0; nt < kSlabTiles; ++nt)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scales[nt][i] = token_scale(token0 + nt * 8 + lane_ % 4 * 2 + i);
+#pragma unroll
+      for (int pair = 0; pair < kSlabTiles / 2; ++pair) {
+        u32 blocks[4];  // of 8 rows x 8 tokens: two of rows for each eight tokens
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int nt = 2 * pair + i / 2, half = i % 2;
+          const Sum(&v)[4] = acc[slab * kSlabTiles + nt];
+          blocks[i] = finish(v[2 * half], v[2 * half + 1], scale[half], shift[half], scales[nt]);
+        }
+        const int token = pair * 16 + lane_ / 16 * 8 + lane_ % 8;
+        store_matrices_transposed(buffer + token * C::kStoreStride + warp_ % 4 * 32 + lane_ / 8 % 2 * 16, blocks);
+      }
+      C::sync_group(group);
+#pragma unroll
+      for (int i = 0; i < C::kSlab / 16; ++i) {  // 16 tokens at once
+        const int token = i * 16 + threadIdx.x % 128 / 8;
+        if (token0 + token < p_.m && row < p_.n)
+          store_rows(token0 + token, row, load_shared16(buffer + token * C::kStoreStride + threadIdx.x % 8 * 16));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_rows(int token, int row, const Vec16& v) const {
+    u16* to = static_cast<u16*>(p_.y) + static_cast<i64>(token) * p_.n + row;
+    if (p_.n % 8 == 0) {
+      *reinterpret_cast<Vec16*>(to) = v;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (row + i < p_.n) to[i] = static_cast<u16>(v.w[i / 2] >> (16 * (i % 2)));
   }
 
   // Codes of 64 inputs of one row tile -> the A operands of the steps; group scales are multiplied in here.

@@ -137,6 +137,13 @@ __device__ __forceinline__ u32 transpose8x8(u32 v) {
   return r;
 }
 
+// Four 8x8 matrices of 16-bit elements, transposed on the way; lane l gives the address of row l%8 of matrix l/8.
+__device__ __forceinline__ void store_matrices_transposed(u32 address, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // ---- mbarrier --------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {

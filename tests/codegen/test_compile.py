@@ -7,7 +7,7 @@ import pytest
 from tsld_fx.codegen.compiler import KernelBuildError, Nvrtc, find_compiler, parse_resources
 from tsld_fx.codegen.config import GemmConfig
 from tsld_fx.codegen.cuda_gemm import build_kernel
-from tsld_fx.codegen.render import kernel_name, render
+from tsld_fx.codegen.render import kernel_name, render, render_quantise
 from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError
@@ -32,6 +32,19 @@ def test_no_spills(activation: str, bits: int, group: int, target: str) -> None:
     assert not spilled
     assert "C7510" not in log, "wgmma instructions were serialised:\n" + log
     assert len(binary) > 1000
+
+
+@pytest.mark.parametrize("quantised", ["int8", "fp8"])
+def test_no_spills_with_activations_of_8_bits(quantised: str) -> None:
+    spec = KernelSpec("bf16", 2, 0, "sm_90a", quantised)  # type: ignore[arg-type]
+    configs = list(dict.fromkeys(choose(spec, n, k, m, 132).config for n, k in SHAPES for m in TOKENS))
+    _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
+    resources = parse_resources(log) + parse_resources(
+        find_compiler("nvcc").compile(render_quantise(spec), spec.target)[1]
+    )
+    assert len(resources) == len(configs) + 1
+    assert not [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
+    assert "C7510" not in log
 
 
 def test_ptx_for_the_driver() -> None:

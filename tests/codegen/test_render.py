@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.render import render
+from tsld_fx.codegen.render import render, render_quantise
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.codegen.workspace import COUNTERS_PER_LAUNCH
@@ -25,6 +25,8 @@ FEW_TOKENS = GemmConfig(tokens=16, warps_n=4, warps_m=1, warps_k=4, row_tiles=2,
 
 def test_goldens(golden) -> None:
     golden("w2_fp16_row_sm80.cu", render(KernelSpec("fp16", 2), [ONE_TOKEN, FEW_TOKENS]))
+    narrow = KernelSpec("fp16", 2, 0, "sm_90a", "int8")
+    golden("w2_int8_fp16_row_sm90a.cu", render(narrow, [MANY_TOKENS]) + render_quantise(narrow))
     golden("w4_bf16_g128_sm90a.cu", render(KernelSpec("bf16", 4, 128, "sm_90a"), [FEW_TOKENS, MANY_TOKENS]))
 
 
@@ -49,7 +51,14 @@ assert not any("nvcc" in command or "ptxas" in command for command in started), 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "compute_80"])
 @pytest.mark.parametrize(("bits", "group"), [(2, 0), (2, 32), (4, 128), (8, 0), (8, 32)])
 def test_every_choice_fits_and_covers(target: str, bits: int, group: int) -> None:
-    spec = KernelSpec("fp16", bits, group, target)
+    check_choices(KernelSpec("fp16", bits, group, target))
+
+
+def test_every_choice_for_activations_of_8_bits_fits_and_covers() -> None:
+    check_choices(KernelSpec("fp16", 2, 0, "sm_90a", "int8"))
+
+
+def check_choices(spec: KernelSpec) -> None:
     for n, k in [(1, 1), (4096, 4096), (22016, 4096), (4096, 11008), (128256, 8192), (31, 100000)]:
         for m in (1, 2, 3, 7, 16, 33, 64, 65, 500, 100000):
             plan = choose(spec, n, k, m, 132)
@@ -78,6 +87,10 @@ def test_plan_grids() -> None:
         (lambda: KernelSpec("fp16", 4, 48), "group of 48"),
         (lambda: KernelSpec("fp16", 4, 0, "sm_75"), "sm_75"),
         (lambda: GemmConfig(96, 8, 1, 1, 1, 4, "wgmma"), "32, 64, 128 or 256 tokens"),
+        (lambda: KernelSpec("fp16", 4, 0, "sm_90a", "int8"), "only for ternary"),
+        (lambda: choose(KernelSpec("fp16", 2, 0, "sm_80", "fp8"), 64, 64, 1, 108), "Hopper"),
+        (lambda: render(KernelSpec("fp16", 2, 0, "sm_90a", "fp8"), [FEW_TOKENS]), "16-bit activations only"),
+        (lambda: render_quantise(KernelSpec("fp16", 2)), "nothing to quantise"),
         (lambda: render(KernelSpec("fp16", 2, 0, "sm_80"), [MANY_TOKENS]), "sm_90a"),
         (lambda: GemmConfig(256, 8, 1, 1, 4, 4).fitted(KernelSpec("fp16", 8), 40000), "shared memory"),
     ],
