@@ -64,7 +64,9 @@ class Models:
     def fill(self) -> None:
         """Whole random weights on this device, and no trace of the last case."""
         for model in (self.student, self.teacher):
-            for name in self.shapes:  # what the last case left is freed first
+            model.gradient_checkpointing_disable()
+            model.forget_views()  # and with them the shards of the last case
+            for name in self.shapes:
                 put_parameter(model, name, torch.nn.Parameter(torch.empty(0)))
         gc.collect()
         if self.ranks.device.type == "cuda":
@@ -73,8 +75,6 @@ class Models:
             for name, shape in self.shapes.items():
                 value = torch.empty(shape, dtype=dtype, device=self.ranks.device).normal_(std=0.02)
                 put_parameter(model, name, torch.nn.Parameter(value, requires_grad=dtype == torch.float32))
-            model.gradient_checkpointing_disable()
-            model.forget_views()
         self.student.gradient_checkpointing_enable()
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -158,12 +158,12 @@ def pipeline(models: Models, ranks: Ranks, repeats: int, schedule: str, counts: 
     for count in counts:
         engine.micro_batches, engine._shape = count, None
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(2 * repeats + 2):  # whatever disturbs a run makes it longer: the shortest counts
             engine.zero_grad()
             engine.teach(batches[:count])
             ranks.barrier()
             times.append(_timed(engine.run_schedule, ranks))
-        alone[count] = statistics.median(times[1:])
+        alone[count] = min(times[1:])
     slope = (alone[many] - alone[few]) / (many - few)
     chunks = SCHEDULES[schedule][1]
     return {

@@ -318,7 +318,13 @@ def graph_model(
     taps: tuple[str, ...],
     listener: Listener | None = None,
 ) -> PreparedModel:
-    """Wrap a model so that it runs as a graph; with config None nothing is quantised (a teacher that gives taps)."""
+    """Wrap a model so that it runs as a graph; with config None nothing is quantised (a teacher that gives taps).
+
+    A model that runs as a graph already only gets the taps.
+    """
+    if isinstance(model, PreparedModel):
+        model.set_taps(taps)
+        return model
     base: Any = type(model)
     wrapped: PreparedModel = _retyped(model, prepared_class(base))
     wrapped.config = copy.deepcopy(model.config)

@@ -141,9 +141,6 @@ def frozen_graph(teacher: PreTrainedModel, distill: DistillConfig, bf16: bool) -
     """The teacher as a graph without quantisation, in eval mode; one that is a graph already is taken as it is."""
     if bf16:
         teacher = teacher.to(torch.bfloat16)
-    if isinstance(teacher, PreparedModel):
-        teacher.set_taps(distill.taps)
-        return teacher.eval().requires_grad_(False)  # type: ignore[return-value]
     return graph_model(teacher.eval().requires_grad_(False), None, distill.taps).eval()  # type: ignore[return-value]
 
 
