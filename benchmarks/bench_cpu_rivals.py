@@ -36,6 +36,7 @@ def build_ggml() -> Path:
         with tarfile.open(GGML / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz") as archive:
             archive.extractall(GGML, filter="data")
         source = GGML / f"llama_cpp_python-{LLAMA_CPP_PYTHON}" / "vendor" / "llama.cpp" / "ggml"
+        (source / "ggml.pc.in").touch()  # the sdist leaves it out, CMake wants it
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON", "-DBUILD_SHARED_LIBS=ON"]
         options += ["-DGGML_BUILD_TESTS=OFF", "-DGGML_BUILD_EXAMPLES=OFF"]
         subprocess.run(["cmake", "-S", str(source), "-B", str(out), *options], check=True)

@@ -155,6 +155,8 @@ def load(
     folder = Path(path)
     if is_runtime_module(folder):
         return load_runtime_module(folder, backend, device, **kwargs)
+    if activations is not None:
+        check_activations(activations, backend)
     check_backend(backend, device)
     if backend == "cuda" and device is not None and torch.device(device).type != "cuda":
         raise BackendError(f"backend='cuda' cannot run on device={str(device)!r}. Pass device='cuda', or leave it out.")
