@@ -1,76 +1,262 @@
-"""The perplexity table: fine-tune a teacher on WikiText-2 to its best epoch, then ternary QAT with each method.
+"""Table A: a teacher fine-tuned on WikiText-2 to its best epoch, then every method of benchmarks/configs/table_a.yaml.
 
-    python benchmarks/wikitext2_table.py --model MODEL_FOLDER --text WIKITEXT_FOLDER --out runs/wikitext2 --jobs 4
+    python benchmarks/wikitext2_table.py --model MODEL_FOLDER --text WIKITEXT_FOLDER --out runs/wikitext2
 
-MODEL_FOLDER is any causal LM that `from_pretrained` loads; WIKITEXT_FOLDER holds train.txt, valid.txt and test.txt.
-Every step resumes. The table goes to benchmarks/results/wikitext2_<model>.json.
+MODEL_FOLDER is any causal LM that `from_pretrained` loads (with --tuned: fine-tuned already); WIKITEXT_FOLDER holds
+train.txt, valid.txt and test.txt. On a GPU small models train several at a time, every step one CUDA graph
+(`graphed_runs.py`); `--jobs N` uses `tsld-fx compare` instead, N processes side by side. The results accumulate in
+benchmarks/results/wikitext2_<model>.json, one entry per method and seed, so that the table can be made in parts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from graphed_runs import Models, Plan, Result, run_together
 from machine import ROOT, describe
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
 
-from tsld_fx.comparison import compare
-from tsld_fx.recipes import finetune
+from tsld_fx import DistillConfig, QuantConfig, convert, prepare
+from tsld_fx.comparison import compare, read_baselines, read_runs, seed_folders
+from tsld_fx.model_folders import load_float, load_tokenizer
+from tsld_fx.perplexity import perplexity
+from tsld_fx.post_training_runs import calibration_blocks, quantise
+from tsld_fx.runs import write_json
 from tsld_fx.settings import RunSettings, read_yaml
+from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
+
+SPLITS = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
+
+
+class Bench:
+    """The text, the teacher and the results file of one table."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.start = args, time.perf_counter()
+        self.name = args.name or Path(args.model).name
+        self.file = args.results / f"wikitext2_{self.name}.json"
+        self.record: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.config = read_yaml(args.config)
+        self.config["shared"]["data"] |= {split: [str(args.text / file)] for split, file in SPLITS.items()}
+        self.block = self.config["shared"]["data"]["block_size"]
+        tokenizer = load_tokenizer(args.model)
+        self.tokenizer = tokenizer
+        self.streams = {s: tokenize(read_documents(str(args.text / f), s), tokenizer) for s, f in SPLITS.items()}
+        self.blocks = TokenBlocks(self.streams["train"], self.block)
+
+    def say(self, text: str) -> None:
+        """One line with the time since the start."""
+        print(f"[{time.perf_counter() - self.start:6.1f}] {text}", flush=True)
+
+    def score(self, model: Any) -> dict[str, float]:
+        """Validation and test perplexity in windows of one block."""
+        found = {s: perplexity(model, self.streams[s], self.block, batch_size=32) for s in ("validation", "test")}
+        return {split: result.perplexity for split, result in found.items()}
+
+    def save(self, **parts: Any) -> None:
+        """Merge into the results file; `rows` merges row by row and seed by seed."""
+        machine = describe()
+        for row, seeds in parts.pop("rows", {}).items():
+            self.record.setdefault("rows", {}).setdefault(row, {}).update(seeds)
+        self.record |= {"model": self.name, **parts}
+        runs = self.record.setdefault("machines", [])
+        if machine not in runs:
+            runs.append(machine)
+        self.record["config"] = self.config
+        self.record["table"] = _table(self.record)
+        write_json(self.file, self.record)
+
+
+def _table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean, sample standard deviation and number of seeds per row."""
+    made = {}
+    for row, seeds in record.get("rows", {}).items():
+        made[row] = {"seeds": len(seeds)}
+        for split in ("validation", "test"):
+            values = [s[split] for s in seeds.values()]
+            made[row][split] = statistics.fmean(values)
+            if len(values) > 1:
+                made[row][f"{split}_spread"] = statistics.stdev(values)
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--name", help="name in the results (default: the folder's)")
+    parser.add_argument("--tuned", action="store_true", help="the model is the fine-tuned teacher already")
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--out", default=Path("runs/wikitext2"), type=Path)
-    parser.add_argument("--config", default=ROOT / "benchmarks/configs/wikitext2.yaml", type=Path)
-    parser.add_argument("--epochs", default=3.0, type=float, help="most epochs of the teacher's fine-tuning")
+    parser.add_argument("--config", default=ROOT / "benchmarks/configs/table_a.yaml", type=Path)
+    parser.add_argument("--epochs", default=3.0, type=float, help="epochs of the teacher's fine-tuning")
     parser.add_argument("--teacher-rate", default=2e-4, type=float)
     parser.add_argument("--steps", type=int, help="QAT steps (default: the configuration's)")
-    parser.add_argument("--methods", help="comma-separated subset of the configuration's runs")
-    parser.add_argument("--jobs", default=1, type=int)
+    parser.add_argument("--only", help="comma-separated rows or folders (tsld, tsld-seed1, gptq-2bit); '' for none")
+    parser.add_argument("--together", default=6, type=int, help="runs at a time")
+    parser.add_argument("--seconds", default=1e9, type=float, help="start nothing that would end later than this")
+    parser.add_argument("--pack", default="", help="comma-separated folders whose packed model is written to --out")
+    parser.add_argument("--jobs", type=int, help="use `tsld-fx compare` with this many processes")
     parser.add_argument("--results", default=ROOT / "benchmarks/results", type=Path)
     args = parser.parse_args()
-    names = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
-    text = {split: [str(args.text / file)] for split, file in names.items()}
-    config = read_yaml(args.config)
-    shared = config["shared"]
-    shared["data"] |= text
-    fast = {"tf32": True} if torch.cuda.is_available() else {}
-    shared["training"] |= fast
-    teacher = finetune(
-        RunSettings.from_dict(
-            {
-                "model": args.model,
-                "data": shared["data"],
-                "training": {
-                    "num_train_epochs": args.epochs,
-                    "learning_rate": args.teacher_rate,
-                    "per_device_train_batch_size": shared["training"]["per_device_train_batch_size"],
-                    "per_device_eval_batch_size": 16,
-                    "logging_steps": 100,
-                    **fast,
-                    **({"max_steps": args.steps} if args.steps and args.steps < 100 else {}),
-                },
-            }
-        ),
-        args.out / "teacher",
-    )
-    print("teacher", json.dumps(teacher), flush=True)
-    shared["model"] = str(args.out / "teacher" / "model")
+    bench = Bench(args)
+    teacher = teacher_folder(bench)
+    bench.config["shared"]["model"] = str(teacher)
     if args.steps:
-        shared["training"] |= {"max_steps": args.steps, "eval_steps": min(args.steps, shared["training"]["eval_steps"])}
-    if args.methods:
-        config["runs"] = {name: config["runs"][name] for name in args.methods.split(",")}
-    table = compare(config, args.out / "qat", jobs=args.jobs)
-    for name, values in table["perplexity"].items():
-        print(f"{name:12s} valid {values['validation']:8.2f}  test {values['test']:8.2f}")
-    args.results.mkdir(parents=True, exist_ok=True)
-    model = Path(args.model).name
-    record = {"machine": describe(), "model": model, "teacher": teacher, **table}
-    (args.results / f"wikitext2_{model}.json").write_text(json.dumps(record, indent=2) + "\n")
+        bench.config["shared"]["training"] |= {"max_steps": args.steps, "eval_steps": max(args.steps // 6, 1)}
+    choose(bench.config, args.only)
+    if args.jobs:
+        through_compare(bench)
+    else:
+        graphed(bench, teacher)
+        baselines(bench, teacher)
+    show(bench.record)
+
+
+def choose(config: dict[str, Any], only: str | None) -> None:
+    """Keep the rows, or the folders of single seeds, that were asked for."""
+    if only is None:
+        return
+    wanted, folders = only.split(","), seed_folders(config)
+    seeds = {
+        row: [s for s, folder in by_seed.items() if s is not None and (row in wanted or folder in wanted)]
+        for row, by_seed in folders.items()
+    }
+    config["runs"] = {row: v for row, v in config["runs"].items() if row in wanted or seeds[row]}
+    config["seeds"] = {row: numbers for row, numbers in seeds.items() if numbers}
+    config["baselines"] = {row: v for row, v in config.get("baselines", {}).items() if row in wanted}
+
+
+def teacher_folder(bench: Bench) -> Path:
+    """Fine-tune, keep the best epoch, and save it in fp16 (what is distilled from is what was saved)."""
+    args, folder = bench.args, bench.args.out / "teacher"
+    if args.tuned:
+        folder = Path(args.model)
+    elif not (folder / "config.json").is_file():
+        begun, epochs = time.perf_counter(), int(args.epochs)
+        steps = epochs * (len(bench.blocks) // 4) if not args.steps or args.steps >= 100 else args.steps
+        plan = Plan("teacher", QuantConfig(weight=None), DistillConfig("gt"), 0, steps, 4, args.teacher_rate, epochs)
+        models = Models(lambda: load_float(args.model), bench.device)
+        result = run_together(
+            [plan], models, bench.blocks.blocks.to(bench.device), bench.streams["validation"], bench.say
+        )[0]
+        model = _with_weights(load_float(args.model), result).half()
+        model.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+        seconds = round(time.perf_counter() - begun, 1)
+        bench.save(
+            teacher_run={"steps": steps, "best_step": result.best_step, "seconds": seconds, "curve": result.metrics}
+        )
+    scores = bench.score(load_float(str(folder)).to(bench.device).eval())
+    bench.save(rows={"teacher": {"0": scores}})
+    bench.say(f"teacher {scores}")
+    return folder
+
+
+def _with_weights(model: PreTrainedModel, result: Result) -> PreTrainedModel:
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), result.weights, strict=True):
+            parameter.copy_(value)
+    return model
+
+
+def graphed(bench: Bench, teacher: Path) -> None:
+    """Every run, several at a time."""
+    settings, places = read_runs(bench.config), {}
+    for row, by_seed in seed_folders(bench.config).items():
+        places |= {folder: (row, 0 if seed is None else seed) for seed, folder in by_seed.items()}
+    plans = [_plan(folder, s, places[folder][1]) for folder, s in settings.items()]
+    if bench.args.only is not None:  # in the order asked for
+        wanted = bench.args.only.split(",")
+        plans.sort(key=lambda p: min(wanted.index(n) for n in (p.name, places[p.name][0]) if n in wanted))
+    models = Models(lambda: load_float(str(teacher)), bench.device)
+    blocks, pace = bench.blocks.blocks.to(bench.device), 0.0
+    while plans:
+        wave, plans = plans[: bench.args.together], plans[bench.args.together :]
+        begun = time.perf_counter()
+        if begun - bench.start + pace * len(wave) * wave[0].steps > bench.args.seconds:
+            bench.say(f"no time for {', '.join(p.name for p in [*wave, *plans])}")
+            return
+        for result in run_together(wave, models, blocks, bench.streams["validation"], bench.say):
+            _keep(bench, models, result, *places[result.plan.name])
+        pace = (time.perf_counter() - begun) / len(wave) / wave[0].steps
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _plan(folder: str, settings: RunSettings, seed: int) -> Plan:
+    training = settings.training
+    steps = training["max_steps"]
+    return Plan(
+        folder, settings.quant, settings.distill, seed, steps, training["per_device_train_batch_size"],
+        training["learning_rate"], -(-steps // training["eval_steps"]),
+    )  # fmt: skip
+
+
+def _keep(bench: Bench, models: Models, result: Result, row: str, seed: int) -> None:
+    evaluator = models.evaluator(result.plan.quant)
+    _with_weights(evaluator, result)
+    scores = bench.score(evaluator)
+    bench.save(rows={row: {str(seed): scores | {"best_step": result.best_step, "curve": result.metrics}}})
+    bench.say(f"{result.plan.name} {scores}")
+    if result.plan.name in bench.args.pack.split(","):
+        lowered, folder = convert(evaluator, "reference"), bench.args.out / "packed" / result.plan.name
+        for parameter in lowered.parameters():  # what is not packed: embeddings, norms, biases
+            parameter.data = parameter.data.half()
+        lowered.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+
+
+def baselines(bench: Bench, teacher: Path) -> None:
+    """The rows without training."""
+    plain = prepare(load_float(str(teacher)), QuantConfig.from_dict(bench.config["shared"]["quant"])).eval()
+    bench.save(rows={"no training": {"0": bench.score(plain.to(bench.device))}})
+    for row, settings in read_baselines(bench.config).items():
+        if time.perf_counter() - bench.start > bench.args.seconds:
+            bench.say(f"no time for {row}")
+            return
+        begun = time.perf_counter()
+        calibration = calibration_blocks(bench.blocks, settings.samples, settings.seed)
+        made = quantise(load_float(str(teacher)).to(bench.device), settings, calibration)
+        seconds = round(time.perf_counter() - begun, 1)
+        scores = bench.score(made.to(bench.device).eval())
+        bench.save(rows={row: {"0": scores | {"seconds": seconds}}})
+        bench.say(f"{row} {scores} in {seconds} s")
+
+
+def through_compare(bench: Bench) -> None:
+    """The same table by `tsld-fx compare`."""
+    made = compare(bench.config, bench.args.out / "qat", jobs=bench.args.jobs)
+    each = made.get("each", {})
+    for row, by_seed in seed_folders(bench.config).items():
+        for seed, folder in by_seed.items():
+            scores = each.get(folder, made["perplexity"][row])
+            bench.save(rows={row: {str(seed or 0): dict(scores) | {"best_step": made["runs"][folder]["best_step"]}}})
+    bench.save(
+        rows={row: {"0": made["perplexity"][row]} for row in ("no training", *bench.config.get("baselines", {}))}
+    )
+
+
+def show(record: Mapping[str, Any]) -> None:
+    """The table so far."""
+    shown = Table("method", "seeds", "validation", "test", title=f"WikiText-2, {record['model']}, perplexity per token")
+    for row, values in record["table"].items():
+        cells = [
+            f"{values[s]:.2f}" + (f" ± {values[f'{s}_spread']:.2f}" if f"{s}_spread" in values else "")
+            for s in ("validation", "test")
+        ]
+        shown.add_row(row, str(values["seeds"]), *cells)
+    Console().print(shown)
 
 
 if __name__ == "__main__":

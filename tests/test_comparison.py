@@ -50,3 +50,53 @@ def test_failed_run_is_named_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="jobs=0 must be at least 1"):
         compare(config(), tmp_path / "none", jobs=0)
     assert not (tmp_path / "none").exists()
+
+
+def test_seeds_and_rows_without_training(tmp_path: Path) -> None:
+    """Means and spreads are recomputed from the runs; a baseline's folder holds its model."""
+    every = config(quant={"weight": {"kind": "affine", "bits": 4}})
+    every["seeds"] = {"tsld": [0, 3]}
+    every["runs"]["truth"]["quant"] = {"weight": {"kind": "ternary", "scale": "twn"}}  # replaces bits: 4
+    every["baselines"] = {
+        "rtn": {"method": "rtn"},
+        "gptq": {"method": "gptq", "samples": 8},
+        "gptq-ternary": {"method": "gptq", "samples": 8, "quant": {"weight": {"kind": "ternary"}}},
+        "awq-2": {"method": "awq", "float_bits": 2, "group_size": 4, "samples": 8},
+    }
+    file, out = write_yaml(tmp_path / "compare.yaml", every), tmp_path / "out"
+    outcome = run_cli("compare", file, "--out", out)
+    assert outcome.code == 0, outcome.err
+    table = read_json(out / "table.json")
+    assert list(table["perplexity"]) == ["teacher", "no training", *every["baselines"], "truth", "tsld"]
+    seeds = [read_json(out / f"tsld-seed{seed}" / "result.json")["student"]["validation"] for seed in (0, 3)]
+    assert seeds[0] != seeds[1]
+    assert table["perplexity"]["tsld"]["validation"] == pytest.approx(sum(seeds) / 2)
+    assert table["spread"] == {"tsld": {"validation": pytest.approx(abs(seeds[0] - seeds[1]) / 2**0.5)}}
+    assert f"± {table['spread']['tsld']['validation']:.2f}" in outcome.out
+    rows = table["perplexity"]
+    assert rows["rtn"] == pytest.approx(rows["no training"]) and rows["gptq"] != rows["rtn"]
+    assert rows["gptq-ternary"]["validation"] != rows["gptq"]["validation"]
+    scored = run_cli("eval", out / "gptq", "--text", settings()["data"]["validation"][0], "--length", 16)
+    assert f"perplexity {rows['gptq']['validation']:.4f}" in scored.out
+    assert run_cli("compare", file, "--out", out).code == 0 and read_json(out / "table.json") == table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": {"absent": [1]}}, "there is no run 'absent'"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": [True]}, "different whole numbers"),
+        ({"baselines": {"tsld": {"method": "rtn"}}}, "baselines.tsld: another row has this name"),
+        ({"baselines": {"a": {"method": "magic"}}}, "'magic' is not one of rtn, gptq, awq"),
+        ({"baselines": {"a": {"method": "awq"}}}, "Set float_bits"),
+        ({"baselines": {"a": {"method": "gptq", "float_bits": 3}}}, "float_bits=3 is not 2, 4 or 8"),
+        ({"baselines": {"a": {"method": "gptq", "samples": 0}}}, "samples must be a whole number"),
+        ({"baselines": {"a": {"bits": 2}}}, "unknown key 'bits'"),
+        ({"baselines": [1]}, "expected a mapping"),
+    ],
+)
+def test_bad_seeds_and_baselines(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare(config() | change, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class _Text:
         return {split: perplexity(model, stream, self.settings.data.block_size, progress=progress).perplexity}
 
 
-def _data(settings: RunSettings, tokenizer: Any) -> _Text | TaskRun:
+def open_data(settings: RunSettings, tokenizer: Any) -> _Text | TaskRun:
+    """The text or the task files of a run; nothing is read yet."""
     return (TaskRun if holds_tasks(settings.data.train) else _Text)(settings, tokenizer)
 
 
@@ -85,13 +87,13 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     folder = RunFolder(out, {"command": "finetune", "patience": patience, **settings.to_dict()})
     if (done := folder.result()) is not None:
         return done
-    arguments = _arguments(settings, folder, by_epoch=True)
+    arguments = training_arguments(settings, folder, by_epoch=True)
     model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
     check_window(settings.data.block_size, model)
-    text = _data(settings, tokenizer)
+    text = open_data(settings, tokenizer)
     text.check(model)
     folder.begin()
-    before = _evaluate(model, text, quiet)
+    before = evaluate(model, text, quiet)
     trainer = WholeCheckpointTrainer(
         model=model,
         args=arguments,
@@ -120,22 +122,28 @@ def train(
         The content of result.json: perplexities of the teacher, of the student before training (`ptq`) and after
         (`student`), steps and seconds. The trained float model is in `out`/model (`load_prepared`, `convert`).
     """
+    if settings.parallel is not None and settings.parallel.mode != "ddp":
+        from tsld_fx.distributed.recipe import train_spread
+
+        return train_spread(settings, out, quiet=quiet, callbacks=callbacks)
     folder = RunFolder(out, {"command": "train", **settings.to_dict()})
     if (done := folder.result()) is not None:
         return done
-    arguments = _arguments(settings, folder)
+    quiet = quiet or not is_first()
+    arguments = training_arguments(settings, folder)
     model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
     teacher = load_float(settings.teacher or settings.model)
     check_teacher(teacher, model)
     check_window(settings.data.block_size, model)
-    text = _data(settings, tokenizer)
+    text = open_data(settings, tokenizer)
     text.check(model)
     student = prepare(model, settings.quant)
-    folder.begin()
-    device = _device(settings)
+    if is_first():
+        folder.begin()
+    device = device_of(settings)
     known = {
-        "teacher": _evaluate(teacher.to(device), text, quiet),
-        "ptq": _evaluate(student.to(device), text, quiet),
+        "teacher": evaluate(teacher.to(device), text, quiet),
+        "ptq": evaluate(student.to(device), text, quiet),
     }
     trainer = TSLDTrainer(
         model=student,
@@ -160,7 +168,10 @@ def _run(
     quiet: bool,
     known: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train (from the last whole checkpoint if there is one), save, evaluate, plot and write the result."""
+    """Train (from the last whole checkpoint if there is one), save, evaluate, plot and write the result.
+
+    Of several processes the first one writes; the others return {}.
+    """
     resume = folder.resume_point()
     if resume:
         logger.warning("resuming from %s", resume)
@@ -172,11 +183,13 @@ def _run(
         bar.stop()
     seconds = time.perf_counter() - start
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the result is measured without autocast
+    if not is_first():
+        return {}
     with whole_folder(folder.path / "model") as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     result = known | {
-        "student" if "ptq" in known else "model": _evaluate(model, text, quiet),
+        "student" if "ptq" in known else "model": evaluate(model, text, quiet),
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "best_step": trainer.state.best_global_step or trainer.state.global_step,
@@ -186,7 +199,7 @@ def _run(
     return result
 
 
-def _evaluate(model: PreTrainedModel, text: _Text | TaskRun, quiet: bool) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, text: _Text | TaskRun, quiet: bool) -> dict[str, float]:
     """Perplexity on validation and test, with the accuracy where there are choices."""
     found: dict[str, float] = {}
     for split in ("validation", "test"):
@@ -194,12 +207,18 @@ def _evaluate(model: PreTrainedModel, text: _Text | TaskRun, quiet: bool) -> dic
     return found
 
 
-def _device(settings: RunSettings) -> torch.device:
+def is_first() -> bool:
+    """Whether this is the only process, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def device_of(settings: RunSettings) -> torch.device:
+    """Where a run computes."""
     cpu = settings.training.get("use_cpu", False) or not torch.cuda.is_available()
-    return torch.device("cpu" if cpu else "cuda")
+    return torch.device("cpu") if cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def _arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False) -> TrainingArguments:
+def training_arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False) -> TrainingArguments:
     """TrainingArguments of a run."""
     values = TRAINING_DEFAULTS | dict(settings.training)
     if not settings.data.validation:
@@ -213,9 +232,11 @@ def _arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False)
     if by_epoch:  # a resumed run goes on counting the epochs without improvement
         values["restore_callback_states_from_checkpoint"] = True
     values.setdefault("save_total_limit", 2)
-    values.setdefault("dataloader_pin_memory", _device(settings).type == "cuda")
+    values.setdefault("dataloader_pin_memory", device_of(settings).type == "cuda")
     values.setdefault("disable_tqdm", True)  # RichProgress shows it
     values.setdefault("per_device_eval_batch_size", 8)
+    if "RANK" in os.environ and values.get("use_cpu"):
+        values.setdefault("ddp_backend", "gloo")
     try:
         return TrainingArguments(output_dir=str(folder.checkpoints), report_to=[], **values)
     except (ValueError, TypeError, ImportError) as error:

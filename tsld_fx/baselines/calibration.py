@@ -30,9 +30,9 @@ class InputStatistics:
 
     def add(self, inputs: Tensor) -> None:
         """Count inputs [..., in]."""
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self.gram += (x.T @ x).double()
-        self.total_abs += x.abs().sum(0).double()
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).double()  # TF32 would lose what the inverse needs
+        self.gram += x.T @ x
+        self.total_abs += x.abs().sum(0)
         self.count += x.shape[0]
 
     @property

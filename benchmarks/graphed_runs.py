@@ -1,0 +1,250 @@
+"""Several training runs of small models side by side on one GPU, each step of each run one CUDA graph.
+
+The recipe is `tsld-fx train`'s (AdamW without decay, linear fall of the rate, gradient norm 1, dropout as in the model,
+ground-truth loss on the validation text at every evaluation, best weights kept); only the driver differs: a step of a
+29 M-parameter model is a thousand small kernels, and launching them from Python takes ten times as long as they run.
+On the CPU the same code runs step by step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tsld_fx import DistillConfig, PreparedModel, QuantConfig, losses, prepare
+from tsld_fx.perplexity import perplexity
+from tsld_fx.prepared import graph_model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run does."""
+
+    name: str
+    quant: QuantConfig
+    distill: DistillConfig
+    seed: int = 0
+    steps: int = 6000
+    batch: int = 4
+    rate: float = 3e-4
+    evaluations: int = 6
+
+
+@dataclass
+class Result:
+    """What came of it: perplexities, the curve as `metrics.jsonl` has it, and the best weights."""
+
+    plan: Plan
+    validation: float = math.inf
+    best_step: int = 0
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+
+class Models:
+    """A prepared model per quantisation, captured once and copied for each run."""
+
+    def __init__(self, load: Callable[[], PreTrainedModel], device: torch.device) -> None:
+        self.load, self.device = load, device
+        self.prepared: dict[QuantConfig, tuple[PreparedModel, PreparedModel]] = {}
+        self.teachers: dict[tuple[str, ...], PreparedModel] = {}
+
+    def student(self, quant: QuantConfig) -> PreparedModel:
+        """A fresh student in training mode."""
+        return copy.deepcopy(self._pair(quant)[0])
+
+    def evaluator(self, quant: QuantConfig) -> PreparedModel:
+        """The one model in evaluation mode, to copy weights into."""
+        return self._pair(quant)[1]
+
+    def _pair(self, quant: QuantConfig) -> tuple[PreparedModel, PreparedModel]:
+        if quant not in self.prepared:
+            made = prepare(self.load().to(self.device), quant).train()
+            self.prepared[quant] = (made, copy.deepcopy(made).eval())
+        return self.prepared[quant]
+
+    def teacher(self, taps: tuple[str, ...]) -> PreparedModel:
+        """The full-precision model as a graph."""
+        if taps not in self.teachers:
+            self.teachers[taps] = graph_model(self.load().to(self.device), None, taps).eval().requires_grad_(False)
+        return self.teachers[taps]
+
+
+class GraphedRun:
+    """One run: `advance` does a step."""
+
+    def __init__(self, plan: Plan, models: Models, blocks: Tensor) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.blocks, device = plan, blocks, blocks.device
+        self.model = models.student(plan.quant)
+        self.model.set_taps(plan.distill.taps)
+        self.teacher = models.teacher(plan.distill.taps) if plan.distill.needs_teacher else None
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        learned = {id(p) for _, p in self.model.learned_scales()}
+        groups = [
+            ([p for p in self.parameters if id(p) not in learned], plan.rate),
+            ([p for p in self.parameters if id(p) in learned], plan.rate * plan.quant.scale_lr_ratio),
+        ]
+        cuda = device.type == "cuda"
+        options: dict[str, Any] = {"fused": True, "capturable": True} if cuda else {}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": ps, "lr": torch.tensor(rate, device=device)} for ps, rate in groups if ps],
+            weight_decay=0.0, **options,
+        )  # fmt: skip
+        self.peaks = [float(g["lr"]) for g in self.optimizer.param_groups]
+        self.fall = 1 - torch.arange(plan.steps + 8, device=device) / plan.steps
+        order = torch.Generator().manual_seed(plan.seed)
+        epochs = -(-plan.steps * plan.batch // len(blocks)) + 1
+        shuffled = torch.cat([torch.randperm(len(blocks), generator=order) for _ in range(epochs)])
+        self.order = shuffled[: (plan.steps + 8) * plan.batch].view(-1, plan.batch).to(device)
+        self.counter = torch.zeros(1, dtype=torch.long, device=device)
+        self.log = torch.zeros(plan.steps + 8, 1 + len(plan.distill.terms()), device=device)
+        self.done, self.result = 0, Result(plan)
+        self.stream = torch.cuda.Stream() if cuda else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self) -> None:
+        """Record one step as a CUDA graph; a few steps run before it and are taken back."""
+        assert self.stream is not None
+        kept = [p.detach().clone() for p in self.parameters]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                self._step()
+        self.stream.synchronize()
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self._step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, kept)
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        self.counter.zero_()
+        self.log.zero_()
+        torch.cuda.synchronize()
+        self.graph = graph
+
+    def advance(self) -> None:
+        """One step; on CUDA it is only queued."""
+        if self.graph is None:
+            self._step()
+        else:
+            with torch.cuda.stream(self.stream):
+                self.graph.replay()
+        self.done += 1
+
+    def _step(self) -> None:
+        ids = self.blocks.index_select(0, self.order.index_select(0, self.counter).view(-1))
+        fall = self.fall.index_select(0, self.counter).squeeze(0)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"].copy_(fall * peak)
+        self.optimizer.zero_grad(set_to_none=True)
+        outputs = self.model(input_ids=ids)
+        guide: Any = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                guide = self.teacher(input_ids=ids)
+        with _no_checks():
+            values = [_term(term, outputs, guide, ids) for term in self.plan.distill.terms()]
+        total = torch.stack([t.weight * v for t, v in zip(self.plan.distill.terms(), values, strict=True)]).sum()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.log.index_copy_(0, self.counter, torch.stack([total, *values]).detach().unsqueeze(0))
+        self.counter += 1
+
+    def write_log(self, first: int) -> None:
+        """Move the mean losses of the steps since `first` into the metrics.
+
+        Raises:
+            FloatingPointError: a loss that is not finite.
+        """
+        chunk = self.log[first : self.done].double().mean(0).cpu()
+        if not bool(torch.isfinite(chunk).all()):
+            raise FloatingPointError(f"{self.plan.name}: the loss is not finite before step {self.done}")
+        names = ["loss", *(f"loss_{t.kind}" for t in self.plan.distill.terms())]
+        self.result.metrics.append(self._place() | dict(zip(names, chunk.tolist(), strict=True)))
+
+    def evaluate(self, evaluator: PreparedModel, stream: Tensor, length: int) -> None:
+        """Perplexity on the validation text with the weights of now; the best are kept."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(evaluator.parameters()), [p.detach() for p in self.model.parameters()])
+        found = perplexity(evaluator, stream, length, batch_size=32)
+        self.result.metrics.append(self._place() | {"eval_loss": found.loss, "eval_perplexity": found.perplexity})
+        if found.perplexity < self.result.validation:
+            self.result.validation, self.result.best_step = found.perplexity, self.done
+            self.result.weights = [p.detach().clone() for p in self.model.parameters()]
+
+    def _place(self) -> dict[str, float]:
+        return {"step": self.done, "epoch": round(self.done * self.plan.batch / len(self.blocks), 4)}
+
+
+@contextlib.contextmanager
+def _no_checks() -> Iterator[None]:
+    """The losses' checks of labels wait for the device, which a capture cannot; the blocks have no bad labels."""
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        yield
+
+
+def _term(term: Any, student: Any, teacher: Any, ids: Tensor) -> Tensor:
+    if term.kind == "gt":
+        return losses.ground_truth(student.logits, ids)
+    if term.kind == "logit":
+        return losses.logit_distillation(student.logits, teacher.logits, ids, term.temperature or 1.0)
+    if term.kind == "tsld":
+        return losses.token_scaled_logit_distillation(
+            student.logits, teacher.logits, ids, term.temperature or 10.0, term.reduction
+        )
+    if term.kind == "hidden":
+        return losses.hidden_state_distillation(student.hidden_states, teacher.hidden_states, None)
+    return losses.attention_distillation(student.attention_scores, teacher.attention_scores, None)
+
+
+def run_together(
+    plans: Sequence[Plan], models: Models, blocks: Tensor, validation: Tensor, say: Callable[[str], None] = print
+) -> list[Result]:
+    """Train all plans (of equal steps and evaluations) at once and evaluate each on the validation text.
+
+    Args:
+        blocks: training blocks [N, T] on the device.
+        validation: token stream, scored in windows of T.
+    """
+    start = time.perf_counter()
+    runs = [GraphedRun(plan, models, blocks) for plan in plans]
+    if blocks.is_cuda:
+        for run in runs:
+            run.capture()
+        say(f"captured {len(runs)} runs in {time.perf_counter() - start:.1f} s")
+    every = -(-plans[0].steps // plans[0].evaluations)
+    begun = time.perf_counter()
+    for step in range(1, plans[0].steps + 1):
+        for run in runs:
+            run.advance()
+        evaluated = step % every == 0 or step == plans[0].steps
+        if blocks.is_cuda and (step % 25 == 0 or evaluated):  # keep the queue short; the runs have streams of their own
+            torch.cuda.synchronize()
+        if step == 100:
+            say(f"{100 * len(runs) / (time.perf_counter() - begun):.0f} steps/s")
+        if evaluated:
+            for run in runs:
+                first = (step - 1) // every * every
+                run.write_log(first)
+                run.evaluate(models.evaluator(run.plan.quant), validation, blocks.shape[1])
+            if blocks.is_cuda:  # the copies of the best weights are made before the next step changes them
+                torch.cuda.synchronize()
+            taken = time.perf_counter() - begun
+            shown = ", ".join(f"{r.plan.name} {r.result.metrics[-1]['eval_perplexity']:.2f}" for r in runs)
+            say(f"step {step}: {taken:.1f} s, {step * len(runs) / taken:.0f} steps/s; {shown}")
+    return [run.result for run in runs]
