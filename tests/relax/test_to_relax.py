@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import tsld_fx
+import tsld_fx.relax
 from tests.models import POSITIONS, build, ids
 from tests.relax.reference_models import prepared, reference
 from tsld_fx import AffineWeight, QuantConfig
@@ -42,8 +44,8 @@ def test_every_lowbit_linear_is_a_scheduled_primfunc() -> None:
     assert module.script().count("R.call_tir(cls.dense_") == 1  # the head
 
 
-def test_static_sizes_mixed_formats_and_bound_weights() -> None:
-    """4-bit groups with zero points, 8 bits, an 8-bit head, static tokens; TVM's default pipeline takes it as it is."""
+def test_static_sizes_mixed_formats_and_bound_weights(tmp_path: Path) -> None:
+    """4-bit groups with zero points, 8 bits, an 8-bit head, static tokens; through TVM's own pipeline and ours."""
     overrides = {
         "model.layers.0.mlp.*": AffineWeight(bits=4, granularity="group", group_size=4),
         "model.layers.1.self_attn.*": AffineWeight(bits=8, symmetric=True),
@@ -56,7 +58,9 @@ def test_static_sizes_mixed_formats_and_bound_weights() -> None:
     x, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
     with torch.no_grad():
         expected = lowered(input_ids=x).logits
-    assert float((run(module, x, mask) - expected).abs().max() / expected.abs().max()) < 1e-5
+    program = tsld_fx.relax.load(tsld_fx.relax.compile(module, tmp_path / "program"))
+    for result in (run(module, x, mask), program(x, mask)):
+        assert float((result - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
 class Odd(nn.Module):
