@@ -30,9 +30,9 @@ class Entry:
 
     def fits(self, packed: Tensor, scales: Tensor) -> bool:
         """Whether these very tensors were registered and neither was written or swapped since: quicker than `find`."""
+        same: bool = self.packed() is packed and self.scales() is scales
         return (
-            self.packed() is packed
-            and self.scales() is scales
+            same
             and self.places == (packed.data_ptr(), scales.data_ptr())
             and (packed.is_inference() or self.versions[:2] == (packed._version, scales._version))
         )

@@ -134,7 +134,13 @@ def check_window(length: int, model: PreTrainedModel) -> None:
 
 
 def convert_folder(
-    name: str, out: str | Path, *, backend: str = "auto", head_bits: int | None = None, force: bool = False
+    name: str,
+    out: str | Path,
+    *,
+    backend: str = "auto",
+    activations: str = "a16",
+    head_bits: int | None = None,
+    force: bool = False,
 ) -> tuple[PreparedModel, LoweredModel]:
     """Convert a run's result (or a float model, without training) and save it with its tokenizer.
 
@@ -159,7 +165,7 @@ def convert_folder(
         raise ConfigError(f"--head-bits {head_bits}: the head can be packed in 8 bits or left as it is.")
     prepared = load_prepared(folder) if trained else _post_training(folder, head_bits)
     tokenizer = load_tokenizer(folder)
-    lowered = convert(prepared.eval(), backend)
+    lowered = convert(prepared.eval(), backend, activations=activations)
     run = Path(folder).parent
     with whole_folder(out) as target:
         lowered.save_pretrained(target)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tsld_fx.codegen.cpu.library import LEVELS, level, library, torch_pool
 from tsld_fx.errors import BackendError
+from tsld_fx.packing import packed_width
+from tsld_fx.quantizers import scale_shape
 
 ACTIVATIONS = ("a16", "int8", "add")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -71,9 +73,10 @@ class CpuGemm:
             use_level: one of LEVELS instead of the best that the CPU has.
 
         Raises:
-            BackendError: no kernel can be built here, or no such level or activation mode.
+            BackendError: no kernel can be built here, no such level or activation mode, or tensors of another format.
         """
         check_activations(activations)
+        _check_format(packed, scales, zeros, bits, group_size, in_features)
         lib, rows = library(), packed.shape[0]
         best = int(lib.tsld_cpu_level())
         if use_level is not None and use_level not in LEVELS[: best + 1]:
@@ -116,6 +119,25 @@ class CpuGemm:
         if failed:
             raise BackendError("tsld::lowbit_linear: out of memory for the activations. Give fewer tokens at once.")
         return y
+
+
+def _check_format(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> None:
+    if bits not in (2, 4, 8) or (group_size > 0 and in_features % group_size):
+        raise BackendError(
+            f"the CPU kernels take 2, 4 or 8 bits and groups that divide a row, not {bits} bits and groups of "
+            f"{group_size} in {in_features}."
+        )
+    width, shape = packed_width(in_features, bits), scale_shape(packed.shape[0], in_features, group_size)
+    right = packed.dtype == torch.uint8 and tuple(packed.shape) == (packed.shape[0], width)
+    right = right and tuple(scales.shape) == shape and scales.is_floating_point()
+    if not right or (zeros is not None and (zeros.dtype != torch.uint8 or tuple(zeros.shape) != shape)):
+        found = [f"{t.dtype} {list(t.shape)}" for t in (packed, scales, zeros) if t is not None]
+        raise BackendError(
+            f"the CPU kernels take packed uint8 {[packed.shape[0], width]}, float scales {list(shape)} and uint8 zeros "
+            f"of the same shape; got {', '.join(found)}. Give what tsld_fx.packing.pack makes."
+        )
 
 
 def _aligned(size: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tsld_fx.codegen.cpu.gemm import ACTIVATIONS, CpuGemm
 from tsld_fx.codegen.cpu.library import LEVELS, library, torch_pool
+from tsld_fx.errors import BackendError
 from tsld_fx.packing import dequantize, pack
 
 # relative error per row of the result (l2) allowed beyond the rounding of its dtype
@@ -175,3 +176,36 @@ def test_scales_that_differ_wildly_between_groups() -> None:
     weight = dequantize(*layer.arguments).double()
     x = torch.randn(20, 512)
     assert relative_error(layer.gemm()(x), x.double() @ weight.T) < 1e-4
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_once_to_even_whatever_their_size(level: str, dtype: torch.dtype) -> None:
+    n = 4096
+    ties = (torch.randint(0, 2048, (n // 2,)) + 0.5) * 2.0 ** torch.randint(-26, 8, (n // 2,))
+    wide = torch.rand(n // 2) * 2.0 ** torch.randint(-40, 20, (n // 2,))
+    values = torch.cat([ties, wide]) / 127  # times 127, which a16 holds exactly
+    gemm = CpuGemm.pack(torch.full((n, 1), 129, dtype=torch.uint8), values.view(n, 1), None, 8, 0, 1, "a16", level)
+    exact = gemm(torch.tensor([[127.0], [-127.0]]))
+    torch.testing.assert_close(exact[0], values * 127, rtol=0, atol=0)
+    assert torch.equal(gemm(torch.tensor([[127.0], [-127.0]], dtype=dtype)), exact.to(dtype))
+
+
+def test_tensors_of_another_format_are_refused() -> None:
+    packed, scales = torch.zeros(8, 16, dtype=torch.uint8), torch.ones(8, 1)
+    for wrong in (
+        (packed.int(), scales, None, 2, 0, 64),
+        (packed, scales, None, 2, 0, 65),
+        (packed, scales, None, 4, 0, 64),
+        (packed, torch.ones(8, 2), None, 2, 0, 64),
+        (packed, scales, torch.zeros(1, 1, dtype=torch.uint8), 2, 0, 64),
+        (packed, scales, None, 3, 0, 42),
+    ):
+        with pytest.raises(
+            BackendError, match=r"CPU kernels.*packed uint8 \[8, \d+\].*scales \[8, \d+\]|2, 4 or 8 bits"
+        ):
+            CpuGemm.pack(*wrong)
+    with pytest.raises(BackendError, match="'sse9': this CPU runs portable"):
+        CpuGemm.pack(packed, scales, None, 2, 0, 64, use_level="sse9")
+    with pytest.raises(BackendError, match="0 x 64 features"):
+        CpuGemm.pack(packed[:0], scales[:0], None, 2, 0, 64)

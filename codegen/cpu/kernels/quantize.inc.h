@@ -144,14 +144,24 @@ TSLD_TARGET void fold(const Weights& w, int64_t index, int64_t panel, const int3
   const int64_t from = index / w.splits * w.rows + panel * kPanel;
   const float* scales = w.scales() + from;
   const uint8_t* zeros = w.zeros() ? w.zeros() + from : nullptr;
-  const int32_t s0 = sums[index], s1 = LIMBS > 1 ? sums[segments + index] : 0,
-                s2 = LIMBS > 2 ? sums[2 * segments + index] : 0;
-  for (int j = 0; j < kPanel; j++) {
-    const int32_t zero = zeros ? zeros[j] : w.zero;
-    float f = static_cast<float>(d[0][j] - zero * s0);
-    if (LIMBS > 1) f += 256.0f * static_cast<float>(d[1][j] - zero * s1);
-    if (LIMBS > 2) f += 65536.0f * static_cast<float>(d[2][j] - zero * s2);
-    acc[j] += f * scales[j];
+  for (int j = 0; j < kPanel; j += 16) {
+    Ints16 zero = Ints16{} + w.zero;
+    if (zeros) {
+      Codes16 raw;
+      memcpy(&raw, zeros + j, 16);
+      zero = __builtin_convertvector(raw, Ints16);
+    }
+    Floats16 f = {}, scale, sum;
+    for (int l = 0; l < LIMBS; l++) {
+      Ints16 products;
+      memcpy(&products, d[l] + j, 64);
+      const Ints16 exact = products - zero * sums[l * segments + index];
+      f += __builtin_convertvector(exact, Floats16) * (l == 0 ? 1.0f : l == 1 ? 256.0f : 65536.0f);
+    }
+    memcpy(&scale, scales + j, 64);
+    memcpy(&sum, acc + j, 64);
+    sum += f * scale;
+    memcpy(acc + j, &sum, 64);
   }
 }
 
@@ -162,23 +172,50 @@ TSLD_TARGET TSLD_INLINE void fold_token(const Weights& w, int64_t index, int64_t
   else fold<3>(w, index, panel, d, sums, segments, acc);
 }
 
+// Sixteen finished sums -> dtype; ties to even.
+TSLD_TARGET TSLD_INLINE void to_16_bits(const Floats16& value, int dtype, uint16_t* out) {
+  const Words16 bits = (Words16)value, magnitude = bits & 0x7fffffffu;
+  Words16 h;
+  if (dtype == TSLD_CPU_BF16) {
+    const Words16 nan = (Words16)(magnitude > 0x7f800000u), rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    h = (nan & (bits >> 16 | 0x40)) | (~nan & rounded);
+  } else {
+    const Words16 normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+    const Words16 tiny = (Words16)((Floats16)magnitude + 0.5f) - 0x3f000000u;  // 0.5 has the ulp of 2^-24
+    const Words16 small = (Words16)(magnitude < 0x38800000u), large = (Words16)(magnitude >= 0x477ff000u);
+    const Words16 nan = (Words16)(magnitude > 0x7f800000u);
+    h = (small & tiny) | (~small & normal);
+    h = (large & (0x7c00u | (nan & 0x0200u))) | (~large & h);
+    h |= bits >> 16 & 0x8000u;
+  }
+  const Halves16 halves = __builtin_convertvector(h, Halves16);
+  memcpy(out, &halves, 32);
+}
+
 TSLD_TARGET static void store(const Weights& w, const Token& token, int64_t panel, const float* acc, const float* bias,
                               void* y, int dtype, int64_t at) {
   const int64_t first = panel * kPanel, left = w.n - first, count = left < kPanel ? left : kPanel;
-  float v[kPanel];
-  for (int j = 0; j < kPanel; j++) v[j] = acc[j] * token.scale * token.post;
-  if (bias)
-    for (int j = 0; j < count; j++) v[j] += bias[first + j];
-  if (dtype == TSLD_CPU_F32) {
-    memcpy(static_cast<float*>(y) + at + first, v, static_cast<size_t>(count) * 4);
-    return;
+  alignas(64) float v[kPanel], b[kPanel];
+  alignas(64) uint16_t h[kPanel];
+  if (bias && count < kPanel) {
+    memset(b, 0, sizeof b);
+    memcpy(b, bias + first, static_cast<size_t>(count) * 4);
   }
-  uint16_t h[kPanel];
-  if (dtype == TSLD_CPU_BF16)
-    for (int j = 0; j < kPanel; j++) h[j] = to_bf16(v[j]);
-  else
-    for (int j = 0; j < kPanel; j++) h[j] = to_f16(v[j]);
-  memcpy(static_cast<uint16_t*>(y) + at + first, h, static_cast<size_t>(count) * 2);
+  const float* offsets = bias && count == kPanel ? bias + first : b;
+  for (int j = 0; j < kPanel; j += 16) {
+    Floats16 f, offset;
+    memcpy(&f, acc + j, 64);
+    f = f * token.scale * token.post;
+    if (bias) {
+      memcpy(&offset, offsets + j, 64);
+      f += offset;
+    }
+    memcpy(v + j, &f, 64);
+    if (dtype != TSLD_CPU_F32) to_16_bits(f, dtype, h + j);
+  }
+  char* to = static_cast<char*>(y) + (at + first) * (dtype == TSLD_CPU_F32 ? 4 : 2);
+  const void* from = dtype == TSLD_CPU_F32 ? static_cast<const void*>(v) : h;
+  memcpy(to, from, static_cast<size_t>(count) * (dtype == TSLD_CPU_F32 ? 4 : 2));
 }
 
 // ---------------------------------------------------------------- panels, with dots() and adds() of the level

@@ -20,18 +20,6 @@
 
 namespace tsld_cpu {
 
-typedef float Floats16 __attribute__((vector_size(64)));
-typedef int32_t Ints16 __attribute__((vector_size(64)));
-typedef uint32_t Words16 __attribute__((vector_size(64)));
-typedef uint16_t Halves16 __attribute__((vector_size(32)));
-typedef int8_t Bytes16 __attribute__((vector_size(16)));
-
-static TSLD_INLINE int load32(const void* from) {
-  int value;
-  memcpy(&value, from, 4);
-  return value;
-}
-
 namespace portable {
 #define TSLD_TARGET
 #include "portable.inc.h"
