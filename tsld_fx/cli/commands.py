@@ -127,7 +127,8 @@ def train(
 def convert(
     model: Annotated[str, typer.Argument(help="Output folder of train, or the 'model' folder in it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed model.")],
-    backend: Annotated[str, typer.Option(help="auto | reference | cuda (its kernels must run here)")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto | reference | cpu | cuda (its kernels must run here)")] = "auto",
+    activations: Annotated[str, typer.Option(help="Of the CPU's kernels: a16 | int8 | add.")] = "a16",
     head_bits: Annotated[int | None, typer.Option(help="8: also pack the head of a float model (no training).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
 ) -> None:
@@ -135,7 +136,9 @@ def convert(
     from tsld_fx.inspection import layer_table, weights_equal
     from tsld_fx.model_folders import convert_folder
 
-    prepared, lowered = convert_folder(model, out, backend=backend, head_bits=head_bits, force=force)
+    prepared, lowered = convert_folder(
+        model, out, backend=backend, activations=activations, head_bits=head_bits, force=force
+    )
     _show_layers(layer_table(lowered), out)
     same = "every packed weight equals the trained one bit for bit" if weights_equal(prepared, lowered) else "DIFFERS"
     console.print(f"{same}; the model is in {out}")
