@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ def _ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     base.ggml_row_size.argtypes, base.ggml_row_size.restype = [i32, i64], ctypes.c_size_t
     base.ggml_quantize_chunk.argtypes = [i32, pointer, pointer, i64, i64, i64, pointer]
     base.ggml_quantize_chunk.restype = ctypes.c_size_t
-    cpu.ggml_graph_compute_with_ctx.argtypes = [pointer, pointer, i32]
+    cpu.ggml_graph_plan.argtypes, cpu.ggml_graph_plan.restype = [pointer, i32, pointer], _Plan
+    cpu.ggml_graph_compute.argtypes = [pointer, ctypes.POINTER(_Plan)]
     cpu.ggml_cpu_init()
     return base, cpu
 
@@ -84,17 +86,14 @@ def tq2_0(weight: Tensor, copies: int, tokens: int) -> list[Call]:
         y = base.ggml_mul_mat(context, w, x)
         graph = base.ggml_new_graph(context)
         base.ggml_build_forward_expand(graph, y)
-        calls.append(_GgmlCall(base, cpu, context, graph, x, y, (tokens, n), base.ggml_used_mem(context)))
+        calls.append(_GgmlCall(base, cpu, graph, x, y, (tokens, n)))
     return calls
 
 
 class _GgmlCall:
-    def __init__(self, base, cpu, context, graph, x, y, shape, used) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, base: Any, cpu: Any, graph: int, x: int, y: int, shape: tuple[int, int]) -> None:
         self.cpu, self.graph, self.shape = cpu, graph, shape
         self.x, self.y = base.ggml_get_data(x), base.ggml_get_data(y)
-        plan = cpu.ggml_graph_plan
-        plan.argtypes, plan.restype = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p], _Plan
-        cpu.ggml_graph_compute.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Plan)]
         self.plans: dict[int, tuple[_Plan, np.ndarray]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ def torch_bfloat16(weight: Tensor, copies: int, tokens: int) -> list[Call]:
     """oneDNN's linear with prepacked bfloat16 weights (F.linear in bfloat16 is slower than float32 for one token)."""
     calls: list[Call] = []
     for _ in range(copies):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16().to_mkldnn(), tokens)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), tokens)
         calls.append(lambda x, w=packed: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
     return calls
 
