@@ -25,10 +25,12 @@ def export(
     verify: Annotated[bool, typer.Option(help="Run the file beside torch before it is put in place.")] = True,
 ) -> None:
     """Write a packed model as ONNX."""
+    import torch
+
     from tsld_fx import checkpoint as checkpoints
     from tsld_fx.onnx.export import export_onnx
 
-    lowered = checkpoints.load(checkpoint, backend="reference").float()
+    lowered = checkpoints.load(checkpoint, backend="reference", dtype=torch.float32)
     file = export_onnx(
         lowered, out, dialect, kv_cache, activations, target_ort, verify, opset=opset, tokenizer=checkpoint
     )  # fmt: skip

@@ -112,7 +112,7 @@ def _check_model(model: Any) -> LoweredModel:
     if {p.dtype for p in model.parameters() if p.is_floating_point()} != {torch.float32}:
         raise ExportError(
             f"export_onnx: the model's other parameters are {model.dtype}, which onnxruntime's CPU kernels do not "
-            "compute in. Call .float() on it first; packed weights stay as they are."
+            "compute in. Load it with tsld_fx.load(path, dtype=torch.float32), or call .to(torch.float32) on it."
         )
     return model
 

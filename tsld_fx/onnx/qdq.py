@@ -34,13 +34,20 @@ def lower(model: ir.Model, activations: str) -> None:
         if activations == "a16":
             if key not in limbs:
                 limbs[key] = split_limbs(nodes, pad_inputs(nodes, layer.x, layer.in_features, blocks), blocks)
-            y = join_limbs(nodes, nodes("MatMul", limbs[key], weight), layer.x, layer.rows, layer.bias)
+            y = join_limbs(nodes, nodes("MatMul", limbs[key], weight), layer.x, _columns(layer), None)
         else:
             y = nodes("MatMul", pad_inputs(nodes, layer.x, layer.in_features, blocks), weight)
-            y = y if layer.bias is None else nodes("Add", y, layer.bias)
+        if _columns(layer) > layer.rows:
+            y = nodes("Slice", y, *(nodes.constant([v]) for v in (0, layer.rows, -1)))
+        y = y if layer.bias is None else nodes("Add", y, layer.bias)
         replace(graph, layer, nodes.made, y)
     drop_unread(model.graph)
     model.opset_imports.pop(DOMAIN, None)
+
+
+def _columns(layer: PackedLayer) -> int:
+    """Columns of the weight: onnxruntime's fusion of 2-bit weights is wrong when they are no multiple of four."""
+    return -(-layer.rows // 4) * 4 if layer.bits == 2 else layer.rows
 
 
 def _weight(graph: ir.Graph, layer: PackedLayer, blocks: Blocks) -> ir.Value:
@@ -50,18 +57,18 @@ def _weight(graph: ir.Graph, layer: PackedLayer, blocks: Blocks) -> ir.Value:
 
     def make() -> np.ndarray:
         codes = numpy_of(unpack(layer.packed, layer.bits, layer.in_features)).astype(np.int16) - shift
-        padded = np.pad(codes, ((0, 0), (0, blocks.width - layer.in_features)))
+        padded = np.pad(codes, ((0, _columns(layer) - layer.rows), (0, blocks.width - layer.in_features)))
         return _packed(padded.T, layer.bits, signed)
 
     dtype = (SIGNED if signed else UNSIGNED)[layer.bits]
-    return lazy_constant(graph, f"{layer.name}.weight", (blocks.width, layer.rows), dtype, make)
+    return lazy_constant(graph, f"{layer.name}.weight", (blocks.width, _columns(layer)), dtype, make)
 
 
 def _scales(graph: ir.Graph, layer: PackedLayer, blocks: Blocks) -> ir.Value:
     def make() -> np.ndarray:
-        return np.ascontiguousarray(numpy_of(block_scales(layer, blocks)).T)
+        return np.ascontiguousarray(_widened(numpy_of(block_scales(layer, blocks)), layer).T)
 
-    return lazy_constant(graph, f"{layer.name}.scales", (blocks.count, layer.rows), ir.DataType.FLOAT, make)
+    return lazy_constant(graph, f"{layer.name}.scales", (blocks.count, _columns(layer)), ir.DataType.FLOAT, make)
 
 
 def _zeros(graph: ir.Graph, layer: PackedLayer, blocks: Blocks) -> ir.Value:
@@ -70,10 +77,15 @@ def _zeros(graph: ir.Graph, layer: PackedLayer, blocks: Blocks) -> ir.Value:
 
     def make() -> np.ndarray:
         spread = zeros.expand(layer.rows, layer.groups).repeat_interleave(blocks.count // layer.groups, dim=1)
-        return _packed(numpy_of(spread).T.astype(np.int16), layer.bits, signed=False)
+        return _packed(_widened(numpy_of(spread), layer).T.astype(np.int16), layer.bits, signed=False)
 
-    shape = (blocks.count, layer.rows)
+    shape = (blocks.count, _columns(layer))
     return lazy_constant(graph, f"{layer.name}.zeros", shape, UNSIGNED[layer.bits], make)
+
+
+def _widened(lines: np.ndarray, layer: PackedLayer) -> np.ndarray:
+    """[rows, blocks] with rows of zeros for the columns that were added."""
+    return np.pad(lines, ((0, _columns(layer) - layer.rows), (0, 0)))
 
 
 def _packed(values: np.ndarray, bits: int, signed: bool) -> np.ndarray:

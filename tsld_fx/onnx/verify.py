@@ -84,7 +84,8 @@ def verify(
         session = open_session(model, dump=dump)
         _check_packed(model, dump, weights, unfolded)
     tokens, mask = _batch(lowered)
-    expected = _torch_logits(lowered, tokens, mask)
+    positions = any(value.name == "position_ids" for value in session.get_inputs())
+    expected = _torch_logits(lowered, tokens, mask, positions)
     got = run(session, tokens, mask)
     kept = mask.bool()
     difference = (got - expected)[kept]
@@ -93,10 +94,11 @@ def verify(
     else:
         error = float(difference.norm() / expected[kept].norm())
     if not error <= TOLERANCE[activations]:
+        report = "This is an error of tsld_fx; please report it with the model's config.json."
+        remedy = "Use activations='a16': int8 is too coarse for this model." if activations == "int8" else report
         raise ExportError(
             f"export: onnxruntime's logits differ from torch's by {error:.1e} (allowed {TOLERANCE[activations]:.0e} "
-            f"with activations={activations!r}). Nothing was written. Use activations='a16' if int8 is too coarse for "
-            "this model; otherwise please report it with the model's config.json."
+            f"with activations={activations!r}). Nothing was written. {remedy}"
         )
     return error
 
@@ -133,9 +135,10 @@ def _batch(lowered: LoweredModel) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def _torch_logits(lowered: LoweredModel, tokens: Tensor, mask: Tensor) -> Tensor:
+def _torch_logits(lowered: LoweredModel, tokens: Tensor, mask: Tensor, positions: bool) -> Tensor:
+    given = {"position_ids": default_positions(mask, tokens.shape[1])} if positions else {}
     with torch.no_grad():
-        return lowered(input_ids=tokens, attention_mask=mask).logits.float()
+        return lowered(input_ids=tokens, attention_mask=mask, **given).logits.float()
 
 
 def _check_packed(model: Path, dump: Path, weights: Sequence[tuple[int, int]], unfolded: int) -> None:

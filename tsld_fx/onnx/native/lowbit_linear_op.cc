@@ -248,6 +248,8 @@ struct LowBitLinearOp : Ort::CustomOpBase<LowBitLinearOp, LowBitLinear, true> {
     auto shape = context.GetInputShape(0);
     const auto packed = context.GetInputShape(1);
     if (shape.empty() || packed.empty()) return Ort::Status{nullptr};
+    for (const auto& size : shape)  // unknown sizes come as -1, and would be set as such
+      if (size.IsInt() && size.AsInt() < 0) return Ort::Status{nullptr};
     shape.back() = packed[0];
     context.SetOutputShape(0, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     return Ort::Status{nullptr};
