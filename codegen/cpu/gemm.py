@@ -141,7 +141,9 @@ def _check_format(
 
 
 def _aligned(size: int) -> Tensor:
-    """Uninitialised uint8 [size] that starts at a multiple of 64 bytes."""
-    room = torch.empty(size + 64, dtype=torch.uint8)
-    start = -room.data_ptr() % 64
+    """Uninitialised uint8 [size] that starts at a multiple of 64 bytes, of 2 MiB if large."""
+    step = 2 << 20 if size >= 2 << 20 else 64
+    room = torch.empty(size + step, dtype=torch.uint8)
+    start = -room.data_ptr() % step
+    library().tsld_cpu_large_pages(room.data_ptr() + start, size)
     return room[start : start + size]

@@ -67,6 +67,8 @@ def library() -> Any:
     loaded.tsld_cpu_packed_bytes.restype = i64
     loaded.tsld_cpu_pack.argtypes = [i32, i64, i64, i64, pointer, pointer, i32, pointer, pointer]
     loaded.tsld_cpu_pack.restype = None
+    loaded.tsld_cpu_large_pages.argtypes = [pointer, i64]
+    loaded.tsld_cpu_large_pages.restype = None
     loaded.tsld_cpu_linear.argtypes = [ctypes.c_char_p]
     return loaded
 
