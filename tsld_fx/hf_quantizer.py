@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -15,6 +14,9 @@ from tsld_fx.config import QuantConfig
 from tsld_fx.errors import CheckpointError
 from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.packing import check_packed
+
+if TYPE_CHECKING:  # this module is imported while transformers still is
+    from transformers import PreTrainedModel
 
 METHOD = "tsld_fx"
 FORMAT_VERSION = 1

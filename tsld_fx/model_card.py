@@ -17,6 +17,7 @@ from tsld_fx.runs import write_whole
 CARD = "README.md"
 _MARKER = "<!-- Written by tsld_fx; take this line out to keep your own text when the model is saved again. -->"
 _SCORES = ("<!-- scores: tsld-fx evaluate --card -->", "<!-- end of scores -->")
+_NONE = "No scores of tasks are recorded: `tsld-fx evaluate FOLDER --tasks ... --card` adds them."
 _NAMES = {"teacher": "full-precision teacher", "ptq": "without training", "student": "this model", "start": "before"}
 _WIDTHS = {2: "ternary (2-bit)", 4: "4-bit", 8: "8-bit"}
 
@@ -57,7 +58,7 @@ def write_card(config: Any, folder: Path, run: Path | None = None) -> Path | Non
         perplexity=perplexity,
         splits=list(next(iter(perplexity.values()), {})),
         block_size=settings.get("data", {}).get("block_size"),
-        scores=_scores_of(file) or "\n".join(_SCORES),
+        scores=_scores_of(file) or f"{_SCORES[0]}\n{_NONE}\n{_SCORES[1]}",
     )
     write_whole(file, text)
     return file

@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from tsld_fx.errors import TsldError
+from tsld_fx.on_import import after_import
 
 app = typer.Typer(
     name="tsld-fx",
@@ -44,7 +45,7 @@ def _global(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("tsld_fx").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
-        _quiet_transformers()
+        after_import("transformers.utils.logging", _quiet_transformers)
 
 
 def _quiet_transformers() -> None:

@@ -102,6 +102,8 @@ def evaluate(
     model: PreTrainedModel, tokenizer: Any, names: Sequence[str], *, data: Path | None = None, **options: Any
 ) -> dict[str, Any]:
     """`load_tasks` and `run_tasks` in one call."""
+    numbers = {"limit": None, "shots": None, "batch_size": 8, "max_new_tokens": None} | options
+    check_options(**numbers)
     return run_tasks(model, tokenizer, load_tasks(names, data), **options)
 
 

@@ -72,7 +72,10 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> dict[str, Any]
         TsldError: an unknown name, or a data set that is missing or does not fit its task.
     """
     check_names(names)
+    import datasets
+
     manager, loaded = task_manager(), {}
+    datasets.disable_progress_bars()
     with _local_data(manager, names, data):
         for name in names:
             try:
