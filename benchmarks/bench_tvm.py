@@ -96,11 +96,11 @@ def main() -> None:
         sizes = {path.name: path.stat().st_size for path in sorted((folder / "program").iterdir())}
         rows: dict[str, dict[str, float]] = {}
         runs: dict[str, Callable[[int], object]] = {
-            "TVM, packed": lambda n: program.generate(ids, n, eos_token_id=[]),
             "torch float32": lambda n: model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False),
             "backend='cpu', packed": lambda n: lowered.generate(
                 ids, max_new_tokens=n, min_new_tokens=n, do_sample=False
             ),
+            "TVM, packed": lambda n: program.generate(ids, n, eos_token_id=[]),
         }
         for label, run in runs.items():
             prefill = best(lambda run=run: run(1), arguments.repeats)  # type: ignore[misc]

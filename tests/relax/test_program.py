@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import tsld_fx
 import tsld_fx.relax
-from tests.models import POSITIONS, VOCABULARY, ids, left_padded
+from tests.models import POSITIONS, VOCABULARY, build, ids, left_padded
 from tests.relax.reference_models import reference
+from tsld_fx.relax import build_program
+from tsld_fx.relax.program_request import request
 
 FOUR = ("gpt2", "opt", "gpt_neo", "llama")
 ProgramOf = Callable[[str], Path]
@@ -81,7 +84,10 @@ def bare(arguments: list[str], environment: dict[str, str]) -> subprocess.Comple
     """Run the interpreter behind the virtual environment, which has no packages of ours."""
     python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
     command = [str(python), "-S", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    elsewhere = environment["PYTHONPATH"]
+    return subprocess.run(
+        command, env=environment, cwd=elsewhere, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_runs_without_torch_and_without_tvm(program_of: ProgramOf, tmp_path: Path) -> None:
@@ -102,13 +108,19 @@ def test_runs_without_torch_and_without_tvm(program_of: ProgramOf, tmp_path: Pat
     assert refused.returncode == 2 and "error: input_ids lie in" in refused.stderr
 
 
-def test_second_compilation_takes_the_library_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tvm
-
-    lowered = reference("llama")
-    first = tsld_fx.relax.compile(lowered, tmp_path / "first", generation=False, batch=1, tokens=4)
-    monkeypatch.setattr(tvm, "compile", None)  # not called again
-    second = tsld_fx.relax.compile(lowered, tmp_path / "second", generation=False, batch=1, tokens=4)
+def test_second_compilation_looks_the_library_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other weights of one architecture share the code; another size, or another buffer, does not."""
+    options = {"generation": False, "batch": 1, "tokens": 4}
+    first = tsld_fx.relax.compile(reference("llama"), tmp_path / "first", **options)
+    other = tsld_fx.convert(tsld_fx.prepare(build("llama", seed=1)), backend="reference")
+    monkeypatch.setattr(build_program, "build_library", None)  # not called again
+    monkeypatch.setattr(build_program, "export_lowered", None)
+    second = tsld_fx.relax.compile(other, tmp_path / "second", **options)
     assert (first / "model.so").read_bytes() == (second / "model.so").read_bytes()
     x = ids(1, 4)
-    assert relative(tsld_fx.relax.load(second)(x), lowered(input_ids=x).logits) < 1e-5
+    with torch.no_grad():
+        assert relative(tsld_fx.relax.load(second)(x), other(input_ids=x).logits) < 1e-5
+    asked = request(other, options)
+    assert request(other, {**options, "tokens": 5}) != asked
+    other.model.rotary_emb.inv_freq.mul_(2)
+    assert request(other, options) != asked

@@ -14,7 +14,7 @@ import tsld_fx.relax
 from tests.models import ids
 from tests.relax.reference_models import reference
 from tsld_fx.errors import CheckpointError, ConfigError, DataError
-from tsld_fx.relax import build_program
+from tsld_fx.relax import build_program, program_folder
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,11 @@ def test_failure_leaves_the_old_program_and_nothing_else(
     folder = shutil.copytree(static, tmp_path / "program")
     before = (folder / "manifest.json").read_bytes()
 
-    def broken(module: Any) -> Any:
+    def broken(path: Path) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_program, "signatures", broken)
-    monkeypatch.setattr(build_program, "build_library", lambda module, where: b"code")
+    monkeypatch.setattr(program_folder, "_entry", broken)
+    monkeypatch.setattr(build_program, "look_up", lambda *_: (b"code", {"functions": {}, "cache": None}))
     with pytest.raises(KeyboardInterrupt):
         tsld_fx.relax.compile(reference("llama"), folder, generation=False, batch=2, tokens=5)
     assert (folder / "manifest.json").read_bytes() == before

@@ -3,7 +3,7 @@
 translate.py        to_relax: lowered graph -> IRModule; importer_fixes.py, lowering.py: converters of single operators
 kernels.py          matmul.py.j2: the matrix products as TVMScript
 cpu_target.py       which CPUs; cpu_pipeline.py: the passes
-build_program.py    program folders; program_cache.py keeps compiled libraries
+build_program.py    compile; program_folder.py writes; program_request.py, program_cache.py keep compiled libraries
 generation.py       prefill and decode with a KV cache
 load_program.py     runs a program folder on torch tensors; run.py on numpy arrays, alone
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
 from tsld_fx.capture import max_positions
@@ -23,22 +17,10 @@ from tsld_fx.relax.cpu_target import CpuTarget, cpu_target
 from tsld_fx.relax.generation import step_functions
 from tsld_fx.relax.importer_fixes import Converter
 from tsld_fx.relax.program_cache import build_library
-from tsld_fx.relax.run import FORMAT
-from tsld_fx.relax.translate import PARAMETER_NAMES, export_lowered, parameters_of, program_to_relax
+from tsld_fx.relax.program_folder import Parts, as_arrays, check_writable, write_program
+from tsld_fx.relax.program_request import look_up, weight
+from tsld_fx.relax.translate import PARAMETER_NAMES, export_lowered, program_to_relax
 from tsld_fx.relax.tvm_import import check_tvm, load_tvm
-from tsld_fx.runs import whole_folder
-
-_ALIGN = 64
-RUNTIME_LIBRARIES = {"llvm": ("libtvm_runtime.so",), "cuda": ("libtvm_runtime.so", "libtvm_runtime_cuda.so")}
-
-
-@dataclass
-class Parts:
-    """What goes into a folder: a module with its weights, and what the manifest says of them."""
-
-    module: Any
-    weights: dict[str, np.ndarray] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def compile(
@@ -74,7 +56,8 @@ def compile(
             is no program folder.
     """
     where = cpu_target("llvm" if target == "cuda" else target)
-    load_tvm("tsld_fx.relax.compile")
+    check_tvm("tsld_fx.relax.compile")
+    check_model(model)
     folder = Path(path)
     check_writable(folder)
     if target == "cuda":
@@ -82,26 +65,29 @@ def compile(
         facts: dict[str, Any] = {"kind": "cuda", "mcpu": "generic", "machine": where.machine, "flags": []}
         facts["arch"] = list(arch)
     else:
-        parts = _for_cpu(model, where, generation, batch, tokens)
-        library = build_library(parts.module, where)
+        parts, library = _for_cpu(model, where, generation, batch, tokens)
         facts = {"kind": "llvm", "mcpu": where.mcpu, "machine": where.machine, "flags": where.flags}
     return write_program(folder, library, parts, facts, runtime=runtime)
 
 
-def _for_cpu(model: Any, target: CpuTarget, generation: bool, batch: int | None, tokens: int | None) -> Parts:
-    from tvm import IRModule
+def _for_cpu(
+    model: Any, target: CpuTarget, generation: bool, batch: int | None, tokens: int | None
+) -> tuple[Parts, bytes]:
+    if not isinstance(model, LoweredModel):
+        return Parts(signatures(model)), build_library(model, target)
 
-    if isinstance(model, IRModule):
-        return Parts(model)
-    weights: dict[str, np.ndarray] = {}
+    def build() -> tuple[bytes, dict[str, Any]]:
+        load_tvm("tsld_fx.relax.compile")
+        imported = partial(program_to_relax, target=target, bind_params=False)
+        module, cache = _module(model, imported, generation, batch, tokens)
+        return build_library(module, target), {"functions": signatures(module), "cache": cache}
 
-    def imported(program: ExportedProgram) -> Any:
-        weights.update(as_arrays(parameters_of(program)))
-        return program_to_relax(program, target, bind_params=False)
-
-    parts = _parts(model, imported, generation, batch, tokens)
-    parts.weights = weights
-    return parts
+    options = {"generation": generation, "batch": batch, "tokens": tokens}
+    library, facts = look_up(model, target, options, build)
+    functions = facts.pop("functions")
+    names = dict.fromkeys(name for function in functions.values() for name in function["weights"])
+    weights = as_arrays({name: weight(model, name) for name in names})
+    return Parts(functions, weights, {**facts, **facts_of(model)}), library
 
 
 def _for_cuda(
@@ -111,34 +97,52 @@ def _for_cuda(
     from tsld_fx.relax.cuda_build import build_cuda_library, load_cuda_runtime
     from tsld_fx.relax.cuda_kernels import CudaMatmuls, check_dtype, kernel_layouts
 
-    matmuls = CudaMatmuls({}, targets_of(arch))
-    if isinstance(model, LoweredModel):
-        check_dtype(model.dtype)
+    if not isinstance(model, LoweredModel):
+        raise ConfigError("compile: target='cuda' takes lowered models only. Give the result of tsld_fx.convert.")
+    check_dtype(model.dtype)
+    load_tvm("tsld_fx.relax.compile")
     load_cuda_runtime()
+    matmuls = CudaMatmuls({}, targets_of(arch))
 
     def imported(program: ExportedProgram) -> Any:
         matmuls.layers.update(kernel_layouts(program, model))
         converters: dict[str, Converter] = {"lowbit_linear.default": matmuls.lowbit_linear}
         return program_to_relax(program, None, bind_params=True, converters=converters)
 
-    parts = _parts(model, imported, generation, batch, tokens)
-    parts.facts["max_rows"] = max_rows
-    return parts, build_cuda_library(parts.module, matmuls, arch, max_rows)
+    module, cache = _module(model, imported, generation, batch, tokens)
+    facts = {"cache": cache, "max_rows": max_rows, **facts_of(model)}
+    return Parts(signatures(module), facts=facts), build_cuda_library(module, matmuls, arch, max_rows)
 
 
-def _parts(
-    model: Any, imported: Callable[[ExportedProgram], Any], generation: bool, batch: int | None, tokens: int | None
-) -> Parts:
-    if not isinstance(model, LoweredModel):
+def _module(
+    model: LoweredModel,
+    imported: Callable[[ExportedProgram], Any],
+    generation: bool,
+    batch: int | None,
+    tokens: int | None,
+) -> tuple[Any, dict[str, Any] | None]:
+    """-> (IRModule with `main`, and `prefill` and `decode` with `generation`, what their cache looks like)."""
+    module = imported(export_lowered(model, batch, tokens))
+    if not generation:
+        return module, None
+    steps, _, cache = step_functions(model, imported)
+    return merged(module, steps), cache
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be compiled.
+
+    Raises:
+        ConfigError: neither a lowered model nor a Relax IRModule.
+    """
+    if isinstance(model, LoweredModel):
+        return
+    tvm = sys.modules.get("tvm")  # not loaded: then it cannot be one of its modules
+    if tvm is None or not isinstance(model, tvm.IRModule):
         raise ConfigError(
             f"compile: expected a lowered model or a Relax IRModule, got {type(model).__name__}. "
             "Give the result of tsld_fx.convert, tsld_fx.load or tsld_fx.to_relax."
         )
-    parts = Parts(imported(export_lowered(model, batch, tokens)), facts=facts_of(model))
-    if generation:
-        steps, _, parts.facts["cache"] = step_functions(model, imported)
-        parts.module = merged(parts.module, steps)
-    return parts
 
 
 def facts_of(model: LoweredModel) -> dict[str, Any]:
@@ -184,100 +188,6 @@ def _redirected(module: Any, replaced: Mapping[Any, Any]) -> Any:
         if isinstance(function, relax.Function):
             module[variable] = Redirect(module).visit_expr(function)
     return module
-
-
-def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Tensors on the host as numpy arrays; bfloat16, which numpy has not, is refused.
-
-    Raises:
-        ConfigError: a bfloat16 tensor.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.bfloat16:
-            raise ConfigError(
-                f"compile: {name} is bfloat16, which the CPU program does not take. Load the model with "
-                "dtype=torch.float32 (packed weights stay packed)."
-            )
-    return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a place that holds something else than a program folder.
-
-    Raises:
-        ConfigError: it says what lies there.
-    """
-    if folder.exists() and not (
-        (folder / "manifest.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
-    ):
-        raise ConfigError(f"compile: {folder} exists and is no program folder. Name a new one.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"compile: {folder.parent} cannot be made: {error}. Name another folder.") from error
-
-
-def write_program(folder: Path, library: bytes, parts: Parts, target: dict[str, Any], *, runtime: bool) -> Path:
-    """Write a program folder, whole or not at all."""
-    with whole_folder(folder) as inside:
-        (inside / "model.so").write_bytes(library)
-        weights = _write_weights(inside / "weights.bin", parts.weights)
-        shutil.copyfile(Path(__file__).with_name("run.py"), inside / "run.py")
-        if runtime:
-            for name in RUNTIME_LIBRARIES[target["kind"]]:
-                shutil.copyfile(_library(name), inside / name)
-        manifest = {
-            "format_version": FORMAT,
-            "tsld_fx": version("tsld-fx"),
-            "versions": {"apache-tvm": check_tvm("compile"), "apache-tvm-ffi": version("apache-tvm-ffi")},
-            "target": target,
-            "files": {path.name: _entry(path) for path in sorted(inside.iterdir()) if path.suffix in (".so", ".bin")},
-            "functions": signatures(parts.module),
-            "weights": weights,
-            **{
-                "model": None,
-                "vocabulary": None,
-                "max_tokens": None,
-                "eos_token_id": None,
-                "pad_token_id": None,
-                "max_rows": None,
-                "cache": None,
-            },
-            **parts.facts,
-        }
-        (inside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    return folder
-
-
-def _library(name: str) -> Path:
-    import tvm
-
-    return Path(tvm.__file__).parent / "lib" / name
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Raw tensors at multiples of 64 bytes, so that a mapped file is used as it is; a tied one is written once."""
-    entries, written, offset = [], {}, 0
-    with path.open("wb") as file:
-        for name, array in weights.items():
-            place = (array.ctypes.data, array.nbytes)
-            if place not in written:
-                padding = -offset % _ALIGN
-                file.write(b"\0" * padding)
-                file.write(array.tobytes())
-                written[place] = offset + padding
-                offset += padding + array.nbytes
-            entries.append(
-                {
-                    "name": name, "dtype": str(array.dtype), "shape": list(array.shape),
-                    "offset": written[place], "bytes": array.nbytes,
-                }
-            )  # fmt: skip
-    return entries
 
 
 def signatures(module: Any) -> dict[str, Any]:
