@@ -77,7 +77,7 @@ def _rows(graph_module: fx.GraphModule, node: fx.Node) -> int:
 
 
 def _stacked(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> LowBitLinear:
-    """One layer with the rows of all, on kernels if the first is."""
+    """One layer with the rows of all, on the kernels that the first is on."""
 
     def value(node: fx.Node, position: int) -> Tensor | None:
         source = node.args[position]
@@ -106,6 +106,6 @@ def _stacked(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> LowBitLinear
         filled = [given.new_zeros(n) if b is None else b for b, n in zip(biases, rows, strict=True)]
         layer.bias = nn.Parameter(torch.cat(filled), requires_grad=False)
     owner = graph_module.get_submodule(str(nodes[0].args[1].target).rpartition(".")[0])
-    if getattr(owner, "kernels", False):
-        layer.use_kernels()
+    if getattr(owner, "kernels", None):
+        layer.use_kernels(owner.kernels, owner.activations)
     return layer.eval()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from tsld_fx.errors import PassError
-from tsld_fx.passes.graph_tools import aten, set_val
+from tsld_fx.passes.graph_tools import aten
 
 NAME = "last"
 
@@ -39,7 +38,7 @@ class SelectLastToken(PassBase):
             one = graph.call_function(aten.gather.default, (hidden, 1, index))
         one.meta = {**hidden.meta, "val": hidden.meta["val"][:, :1]}
         head.update_arg(0, one)
-        set_val(head)
+        head.meta["val"] = head.meta["val"][:, :1]
         return PassResult(graph_module, True)
 
 
@@ -47,9 +46,9 @@ def _head(graph: fx.Graph) -> fx.Node:
     """The linear whose result, or an element-wise function of it, the logits are."""
     output = next(node for node in graph.nodes if node.op == "output")
     node = output.args[0]["logits"] if isinstance(output.args[0], dict) else output.args[0][0]
-    linears = (aten.linear.default, torch.ops.tsld.lowbit_linear.default, torch.ops.tsld.kernel_linear.default)
+    linears = ("aten.linear.default", "tsld.lowbit_linear.default", "tsld.kernel_linear.default")
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if node.target in linears:
+        if str(node.target) in linears:
             return node
         node = next((a for a in node.args if isinstance(a, fx.Node)), None)
     raise PassError("SelectLastToken: no linear behind the output 'logits'. The graph is not one of a language model.")

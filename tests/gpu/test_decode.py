@@ -56,7 +56,8 @@ def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rotary", [True, False])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "size", "length"),
-    [(1, 32, 32, 128, 640), (3, 12, 2, 64, 200), (2, 8, 1, 16, 1024), (5, 4, 4, 256, 70), (40, 14, 2, 32, 130), (1, 1, 1, 8, 3)],
+    [(1, 32, 32, 128, 640), (3, 12, 2, 64, 200), (2, 8, 1, 16, 1024), (5, 4, 4, 256, 70),
+     (40, 14, 2, 32, 130), (1, 1, 1, 8, 3)],
 )  # fmt: skip
 def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int, rotary: bool, dtype) -> None:
     """At the first, a middle and the last position; the cache holds NaN where nothing was written yet."""
@@ -99,7 +100,7 @@ def test_model_over_the_static_cache(family: str, dtype: torch.dtype) -> None:
     lowered = lowered_model(family, dtype)
     tokens, mask = (t.cuda() for t in left_padded())
     made = lowered.compile_decode(4, POSITIONS)
-    eager = Decoder(lowered, 4, POSITIONS, backend="cuda", cuda_graphs=False)
+    eager = Decoder(lowered, 4, POSITIONS, cuda_graphs=False)
     for how in (Selection(), Selection(True, 5, True)):
         for rows in (1, 3):
             options = Options(24, how, 1.0, 0.9, (), 0)

@@ -17,14 +17,17 @@ pytest.importorskip("tvm_ffi")
 pytestmark = pytest.mark.gpu
 
 SIZES = {"llama": {"hidden_size": 256, "intermediate_size": 1100, "head_dim": 64}, "gpt2": {"n_embd": 64}}
-MIXED = QuantConfig(overrides={"*.o_proj": AffineWeight(bits=4, granularity="group", group_size=64)})
+MIXED = {
+    family: QuantConfig(overrides={layer: AffineWeight(bits=4, granularity="group", group_size=64)})
+    for family, layer in (("llama", "*.o_proj"), ("gpt2", "*.attn.c_proj"))
+}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and the runtime module of the same model, built for this device's own code."""
     folder = tmp_path_factory.mktemp(request.param)
-    lowered = convert(prepare(build(request.param, **SIZES[request.param]), MIXED), backend="reference")
+    lowered = convert(prepare(build(request.param, **SIZES[request.param]), MIXED[request.param]), backend="reference")
     lowered.save_pretrained(folder / "checkpoint")
     major, minor = torch.cuda.get_device_capability()
     tsld_fx.build_runtime_module(lowered, folder / "module", arch=(f"sm_{major}{minor}",))

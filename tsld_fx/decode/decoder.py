@@ -33,7 +33,6 @@ class Decoder:
         max_batch_size: int = 1,
         max_length: int = 1024,
         *,
-        backend: str = "reference",
         fuse: bool = True,
         cuda_graphs: bool = True,
         check: bool = True,
@@ -52,7 +51,6 @@ class Decoder:
                 self.graphs: DecodeGraphs = build_graphs(
                     model, max_batch_size, max_length, fuse=fuse, listener=listener
                 )
-                _use_kernels(self.graphs, backend)
                 if check:
                     verify(self.graphs, model)
         except torch.OutOfMemoryError as error:
@@ -202,12 +200,3 @@ def _left_aligned(ids: Tensor, mask: Tensor, longest: int) -> tuple[Tensor, Tens
     """Tokens moved to the left of each row, padding (any token) to the right; and the last token's place, [B]."""
     order = torch.sort(1 - mask, dim=1, stable=True).indices
     return ids.gather(1, order)[:, :longest], mask.sum(1) - 1
-
-
-def _use_kernels(graphs: DecodeGraphs, backend: str) -> None:
-    """Kernel layouts for the weights that a pass made anew."""
-    from tsld_fx.passes.fuse_projections import HOLDER
-
-    if backend == "cuda" and hasattr(graphs.decode, HOLDER):
-        for layer in getattr(graphs.decode, HOLDER).children():
-            layer.use_kernels()

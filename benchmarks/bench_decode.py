@@ -1,0 +1,277 @@
+"""Tokens per second of a LLaMA-7B shape with random ternary weights against the same model in fp16, on one GPU.
+
+    python benchmarks/bench_decode.py
+
+Both sides decode greedily from a context of random tokens, one CUDA graph replay per token. The fp16 model runs twice:
+through this project's decoder (fused attention, norms and activation around cuBLAS products), and as transformers runs
+it with a static cache and torch.compile (mode reduce-overhead); ratios are over the faster of the two. The bound is
+the time to read every weight and the cached keys and values once at the copy ceiling of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gemm_timing import copy_ceiling_bytes_per_second
+from machine import describe
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tsld_fx import LoweredModel
+from tsld_fx.decode import Decoder
+from tsld_fx.decode.options import Options
+from tsld_fx.decode.select import Selection
+from tsld_fx.lowbit_linear import LowBitLinear
+from tsld_fx.lowered import as_lowered
+
+VOCABULARY, HIDDEN, INNER, HEADS = 32000, 4096, 11008, 32
+
+
+def shape(layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096, dtype="float16",
+    )  # fmt: skip
+
+
+def random_linear(old: nn.Linear, bits: int) -> LowBitLinear:
+    """Random weights, packed on the GPU without a dense copy."""
+    layer = LowBitLinear(old.in_features, old.out_features, bits, 0, device="cuda")
+    if bits == 2:
+        codes = torch.tensor([a | b << 2 | c << 4 | d << 6 for a in range(3) for b in range(3) for c in range(3)
+                              for d in range(3)], dtype=torch.uint8, device="cuda")  # fmt: skip
+        layer.weight_packed = codes[torch.randint(0, 81, layer.weight_packed.shape, device="cuda", dtype=torch.int32)]
+    else:
+        layer.weight_packed.random_(0, 256)
+    layer.weight_scale.uniform_(0.01, 0.02).mul_(2.0 if bits == 2 else 2.0 ** (2 - bits))
+    return layer.eval()
+
+
+def ternary_model(layers: int, head_bits: int) -> LoweredModel:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape(layers))
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and (module is not head or head_bits == 8):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, random_linear(module, 8 if module is head else 2))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                made = torch.empty(parameter.shape, dtype=torch.float16, device="cuda")
+                made = made.fill_(1) if made.ndim == 1 else made.normal_(std=0.02)
+                module._parameters[name] = nn.Parameter(made, requires_grad=False)
+    with torch.device("cuda"):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return as_lowered(model.eval(), "cuda")
+
+
+def dense_model(layers: int) -> LlamaForCausalLM:
+    with torch.device("cuda"):
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16)
+        try:
+            model = LlamaForCausalLM(shape(layers)).eval()
+        finally:
+            torch.set_default_dtype(previous)
+    return model.requires_grad_(False)
+
+
+def bytes_per_token(model: Any, batch: int, context: int) -> tuple[int, int]:
+    """(weights, keys and values) that one step reads; of packed layers the packed weight and its scales."""
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
+    weights += sum(
+        b.numel() * b.element_size() for m in model.modules() if isinstance(m, LowBitLinear) for b in m.buffers()
+    )
+    return weights, 2 * 2 * model.config.num_hidden_layers * HIDDEN * context * batch
+
+
+def decoder_us(decoder: Decoder, batch: int, context: int, steps: int) -> dict[str, float]:
+    """Microseconds of a step at this context (graph replays), of a prefill, and of a token of a whole `generate`."""
+    ids = torch.randint(0, VOCABULARY, (batch, context), device="cuda")
+    mask, options = torch.ones_like(ids), Options(2, Selection(), 1.0, 1.0, (), 0)
+    decoder.generate(ids, mask, options)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    decoder.generate(ids, mask, options)
+    torch.cuda.synchronize()
+    prefill = time.perf_counter() - start
+    step = decoder._step(decoder._bucket(batch), options.selection)
+    samples = []
+    for _ in range(5):
+        step.positions.fill_(context)
+        step._count.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(steps):
+            step.run()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1000 / steps)
+    start = time.perf_counter()
+    decoder.generate(ids, mask, Options(steps, Selection(), 1.0, 1.0, (2,), 0))
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - start
+    return {"step_us": statistics.median(samples), "prefill_ms": prefill * 1e3, "generate_ms": whole * 1e3}
+
+
+def compiled_us(model: Any, batch: int, context: int, steps: int) -> float:
+    """Microseconds per token of transformers' generate with a static cache, which it compiles."""
+    ids = torch.randint(3, VOCABULARY, (batch, context), device="cuda")
+
+    def seconds(new: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+            cache_implementation="static", pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(steps)
+    seconds(steps)
+    return statistics.median(seconds(steps) - seconds(steps // 4) for _ in range(3)) / (steps - steps // 4) * 1e6
+
+
+def kernel_times(decoder: Decoder, batch: int) -> list[dict[str, Any]]:
+    """Kernels of one step, longest first: name, launches, microseconds in all."""
+    step = decoder._step(decoder._bucket(batch), Selection())
+    step.positions.fill_(512)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step.run()
+        torch.cuda.synchronize()
+    rows = [
+        {"kernel": e.key[:100], "launches": e.count, "us": e.self_device_time_total} for e in profile.key_averages()
+    ]
+    return sorted(rows, key=lambda r: -r["us"])
+
+
+def eager_call_us(dtype: torch.dtype = torch.float16, calls: int = 2000) -> dict[str, float]:
+    """Host time of one call of a layer without a graph: what launches cost in Python."""
+    layer = random_linear(nn.Linear(1024, 1024, device="meta"), 2)
+    layer.use_kernels()
+    x = torch.randn(1, 1024, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        for _ in range(50):
+            layer(x)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            layer(x)
+        lowbit = time.perf_counter() - start
+        torch.cuda.synchronize()
+        weight = torch.randn(1024, 1024, dtype=dtype, device="cuda")
+        start = time.perf_counter()
+        for _ in range(calls):
+            nn.functional.linear(x, weight)
+        dense = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return {"lowbit_linear": lowbit / calls * 1e6, "torch_linear": dense / calls * 1e6}
+
+
+def measure(decoder: Decoder, model: Any, args: Any, batch: int, ceiling: float) -> dict[str, Any]:
+    weights, cache = bytes_per_token(model, batch, args.context)
+    bound = (weights + cache) / ceiling * 1e6
+    times = decoder_us(decoder, batch, args.context, args.steps)
+    return {
+        "batch": batch, **times, "tokens_per_second": batch / times["step_us"] * 1e6, "weight_bytes": weights,
+        "cache_bytes": cache, "bound_us": bound, "share_of_bound": bound / times["step_us"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--head-bits", type=int, choices=(8, 16), default=16)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (runs with the first batch)")
+    parser.add_argument("--no-fp16", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="also record the kernels of one step")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode_llama7b.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    ceiling = copy_ceiling_bytes_per_second(2.0)
+    length = args.context + args.steps + 2
+    result: dict[str, Any] = {"machine": describe(), "copy_ceiling_bytes_per_second": ceiling, "context": args.context}
+    result["eager_call_us"] = eager_call_us()
+    print("host time of an eager call, us:", result["eager_call_us"], flush=True)
+
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    lowered = ternary_model(args.layers, args.head_bits)
+    built = time.perf_counter()
+    with torch.no_grad():
+        decoder = lowered.compile_decode(max(args.batch), length, check=False)
+        result["build_seconds"] = {"model": built - start, "compile_decode": time.perf_counter() - built}
+        print(result["build_seconds"], flush=True)
+        result["ternary"] = [measure(decoder, lowered, args, b, ceiling) for b in args.batch]
+        result["peak_bytes"] = {"ternary": torch.cuda.max_memory_allocated()}
+        result["held_bytes"] = {"ternary": torch.cuda.memory_allocated()}
+        print(json.dumps(result["ternary"], indent=1), flush=True)
+        if args.kernels:
+            result["kernels"] = kernel_times(decoder, args.batch[0])
+            for row in result["kernels"][:25]:
+                print(f"{row['us']:9.1f} us {row['launches']:5d} x {row['kernel']}", flush=True)
+    del decoder, lowered
+    gc.collect()
+    torch.cuda.empty_cache()
+    if not args.no_fp16:
+        torch.cuda.reset_peak_memory_stats()
+        model = dense_model(args.layers)
+        with torch.no_grad():
+            decoder = Decoder(model, max(args.batch), length, check=False)
+            result["fp16"] = [measure(decoder, model, args, b, ceiling) for b in args.batch]
+            result["peak_bytes"]["fp16"] = torch.cuda.max_memory_allocated()
+            del decoder
+            gc.collect()
+            if not args.no_compile:
+                write(result, args)
+                result["fp16"][0]["compiled_us"] = compiled_us(model, args.batch[0], args.context, args.steps)
+    report(result, args)
+    write(result, args)
+
+
+def write(result: dict[str, Any], args: Any) -> None:
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def report(result: dict[str, Any], args: Any) -> None:
+    table = Table(title=f"decoding, {args.layers} layers, context {args.context}, {args.head_bits}-bit head")
+    for column in ("batch", "ternary us", "tokens/s", "of the bound", "fp16 us", "compiled us", "ratio"):
+        table.add_column(column, justify="right")
+    for index, row in enumerate(result["ternary"]):
+        cells = [
+            row["batch"],
+            f"{row['step_us']:.0f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['share_of_bound']:.0%}",
+        ]
+        if "fp16" in result:
+            dense = result["fp16"][index]
+            best = min(dense["step_us"], dense.get("compiled_us", dense["step_us"]))
+            row["ratio"] = best / row["step_us"]
+            cells += [
+                f"{dense['step_us']:.0f}",
+                f"{dense.get('compiled_us', float('nan')):.0f}",
+                f"{row['ratio']:.2f}x",
+            ]
+        table.add_row(*map(str, cells))
+    Console().print(table)
+    print("peak GiB:", {k: round(v / 2**30, 2) for k, v in result["peak_bytes"].items()})
+
+
+if __name__ == "__main__":
+    main()
