@@ -15,8 +15,10 @@ from tsld_fx.onnx.graph import PackedLayer
 
 def constant(graph: ir.Graph, name: str, tensor: Tensor) -> ir.Value:
     """An initializer that shares the tensor's memory; the one of that name where there is one already."""
-    held = tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
-    return _register(graph, name, held)
+    if tensor.is_contiguous():
+        return _register(graph, name, tensor_adapters.TorchTensor(tensor, name=name))
+    dtype = tensor_adapters.from_torch_dtype(tensor.dtype)  # packed from a transposed weight: GPT-2's
+    return lazy_constant(graph, name, tuple(tensor.shape), dtype, lambda: numpy_of(tensor.contiguous()))
 
 
 def lazy_constant(

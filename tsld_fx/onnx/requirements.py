@@ -65,7 +65,7 @@ def check_target(needs: Requirements, dialect: str, bits: set[int], target_ort: 
         return
     have = parse(str(target_ort))
     if have < needs.onnxruntime:
-        other = "" if dialect == "custom" else ", or train with 4-bit weights, which run from 1.20 on"
+        other = ", or quantise to 4 bits, which run from 1.20 on" if 2 in bits else ""
         raise ExportError(
             f"export: dialect {dialect!r} with {_listed(bits)}-bit weights needs {needs.text}, target_ort is "
             f"{target_ort}: older ones refuse the operator or unpack the weights at every call. "
