@@ -383,69 +383,21 @@ def write_card(args: argparse.Namespace, splits: Splits, data: dict[str, Tensor]
     tokenizer = load_tokenizer(args.out)
     prompt = torch.tensor([[0, *tokenizer.encode("The method returns").ids]], device=args.device)
     ids = model.generate(prompt, max_new_tokens=100, do_sample=True, temperature=0.7)[0].tolist()
-    card = CARD.format(
-        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
-        sizes="\n".join(sizes),
-        measured="\n".join(measured),
-        recipes="\n".join(rows),
-        sample="\n".join(f"    {line}".rstrip() for line in tokenizer.decode(ids).splitlines()),
-        **load_checkpoint(args.checkpoint, args.device)[1],
+    card = (
+        (Path(__file__).parent / "demo_model_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+            sizes="\n".join(sizes),
+            measured="\n".join(measured),
+            recipes="\n".join(rows),
+            sample="\n".join(f"    {line}".rstrip() for line in tokenizer.decode(ids).splitlines()),
+            **load_checkpoint(args.checkpoint, args.device)[1],
+        )
     )
     print(card, flush=True)
     with whole_files(args.out) as scratch:
         (scratch / "README.md").write_text(card, encoding="utf-8")
-
-
-CARD = """# The demo model
-
-A small English language model that tsld_fx ships, so that every command has something to work on without a
-download: a `LlamaForCausalLM` of {parameters} parameters (4 layers, hidden size 256, 4 query and 2 key-value
-heads, MLP 704, tied embeddings) with a byte-level BPE tokenizer of 2,048 tokens; weights in fp16. It writes
-text that looks like Python's documentation. It knows nothing: rely on no answer of it.
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-## How it was made
-
-    python scripts/make_demo_model.py --corpus novels100.txt.xz
-
-1. Tokenizer: trained on the demo text's train split and slices of the novels.
-2. Pretraining on 100 English novels of 1749 to 1930, the last held out: {steps} steps, {tokens} tokens
-   ({epochs} epochs), windows of 512 tokens, AdamW in bf16 autocast over fp32 weights, warm-up and cosine.
-   Perplexity of the held-out novel: {perplexity}.
-3. Fine-tuning on the demo text's train split, with the recipes below side by side. The epoch with the lowest
-   validation perplexity of all was kept; the test split had no part in the choice.
-
-| learning rate | dropout | weight decay | epochs | best epoch | validation perplexity there | at the end |
-|---|---|---|---|---|---|---|
-{recipes}
-
-## What it measures
-
-Perplexity per token and bits per byte of the demo text's documents (`tsld_fx.demo.text`, Python 3.11), joined
-with `<|endoftext|>`; windows without overlap, each token predicted once, fp32. Training used windows of 512
-tokens: use no longer ones. The model knows much of the train split by heart.
-
-| split | window (tokens) | perplexity | bits per byte |
-|---|---|---|---|
-{measured}
-
-| split | documents | characters | tokens |
-|---|---|---|---|
-{sizes}
-
-A sample (temperature 0.7, prompt "The method returns"):
-
-{sample}
-
-## Data and licences
-
-The novels are in the public domain. The demo text is Python's documentation (`pydoc_data.topics`) and the
-docstrings of its standard library, under the PSF licence; it was training text only and is not contained
-here.
-"""
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class _Weight:
 def _weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[_Weight]:
     """The fake-quantised float32 weights that are made of the graph's inputs alone."""
     positions = {node: i for i, node in enumerate(graph_module.graph.find_nodes(op="placeholder"))}
-    found = []
+    found: list[_Weight] = []
     for node in calls(graph_module.graph, _FAKE_QUANT.default):
         inputs: dict[str, int] = {}
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()

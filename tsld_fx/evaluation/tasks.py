@@ -74,7 +74,8 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> dict[str, Any]
     check_names(names)
     import datasets
 
-    manager, loaded = task_manager(), {}
+    manager = task_manager()
+    loaded: dict[str, Any] = {}
     datasets.disable_progress_bars()
     with _local_data(manager, names, data):
         for name in names:
@@ -169,8 +170,8 @@ def _leaf_names(index: Any, names: Sequence[str]) -> list[str]:
             pending.extend(entry.tags)
         elif entry.kind.name == "GROUP":
             for member in members if isinstance(members, list) else [members]:
-                pending.append(member if isinstance(member, str) else member.get("task") or member.get("group"))
-                pending = [p for p in pending if isinstance(p, str)]
+                name = (member.get("task") or member.get("group")) if isinstance(member, dict) else member
+                pending += [name] if isinstance(name, str) else []
         else:
             found[entry.name] = None
     return list(found)
@@ -186,8 +187,8 @@ def _missing(data: Path, task: str, path: str, name: str | None) -> str:
 
 def _explain(manager: Any, name: str, data: Path | None, error: Exception) -> str:
     """Why a task cannot be loaded, with the remedy."""
-    entries = [manager.task_index[leaf] for leaf in _leaf_names(manager.task_index, [name])]
-    sets = sorted({str((entry.cfg or {}).get("dataset_path")) for entry in entries} - {"None"})
+    configs = [manager.task_index[leaf].cfg or {} for leaf in _leaf_names(manager.task_index, [name])]
+    sets = sorted({str(config["dataset_path"]) for config in configs if config.get("dataset_path")})
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     remedy = (
         "Go online once, so that it is in the cache, or give --data DIR with the data set in DIR/<owner>/<name>."
