@@ -213,13 +213,22 @@ def _term(term: Any, student: Any, teacher: Any, ids: Tensor) -> Tensor:
 
 
 def run_together(
-    plans: Sequence[Plan], models: Models, blocks: Tensor, validation: Tensor, say: Callable[[str], None] = print
+    plans: Sequence[Plan],
+    models: Models,
+    blocks: Tensor,
+    validation: Tensor,
+    say: Callable[[str], None] = print,
+    seconds: float = math.inf,
 ) -> list[Result]:
     """Train all plans (of equal steps and evaluations) at once and evaluate each on the validation text.
 
     Args:
         blocks: training blocks [N, T] on the device.
         validation: token stream, scored in windows of T.
+        seconds: from now; after 100 steps the last runs are given up until the others fit into it.
+
+    Returns:
+        The results of the runs that were not given up, in order.
     """
     start = time.perf_counter()
     runs = [GraphedRun(plan, models, blocks) for plan in plans]
@@ -236,7 +245,11 @@ def run_together(
         if blocks.is_cuda and (step % 25 == 0 or evaluated):  # keep the queue short; the runs have streams of their own
             torch.cuda.synchronize()
         if step == 100:
-            say(f"{100 * len(runs) / (time.perf_counter() - begun):.0f} steps/s")
+            pace = (time.perf_counter() - begun) / 100 / len(runs)
+            left = seconds - (time.perf_counter() - start)
+            kept = max(1, min(len(runs), int(left / (pace * 1.05 * (plans[0].steps - 100)))))
+            say(f"{1 / pace:.0f} steps/s; {kept} of {len(runs)} runs go on")
+            runs = runs[:kept]
         if evaluated:
             for run in runs:
                 first = (step - 1) // every * every

@@ -11,6 +11,7 @@ benchmarks/results/wikitext2_<model>.json, one entry per method and seed, so tha
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from tsld_fx import DistillConfig, QuantConfig, convert, prepare
+from tsld_fx import DistillConfig, QuantConfig, convert
 from tsld_fx.comparison import compare, read_baselines, read_runs, seed_folders
 from tsld_fx.model_folders import load_float, load_tokenizer
 from tsld_fx.perplexity import perplexity
@@ -49,6 +50,7 @@ class Bench:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.config = read_yaml(args.config)
         self.config["shared"]["data"] |= {split: [str(args.text / file)] for split, file in SPLITS.items()}
+        self.full = copy.deepcopy(self.config)  # what is recorded, whatever --only leaves of it
         self.block = self.config["shared"]["data"]["block_size"]
         tokenizer = load_tokenizer(args.model)
         self.tokenizer = tokenizer
@@ -73,7 +75,7 @@ class Bench:
         runs = self.record.setdefault("machines", [])
         if machine not in runs:
             runs.append(machine)
-        self.record["config"] = self.config
+        self.record["config"] = self.full
         self.record["table"] = _table(self.record)
         write_json(self.file, self.record)
 
@@ -103,7 +105,7 @@ def main() -> None:
     parser.add_argument("--teacher-rate", default=2e-4, type=float)
     parser.add_argument("--steps", type=int, help="QAT steps (default: the configuration's)")
     parser.add_argument("--only", help="comma-separated rows or folders (tsld, tsld-seed1, gptq-2bit); '' for none")
-    parser.add_argument("--together", default=6, type=int, help="runs at a time")
+    parser.add_argument("--together", default=2, type=int, help="runs at a time")
     parser.add_argument("--seconds", default=1e9, type=float, help="start nothing that would end later than this")
     parser.add_argument("--pack", default="", help="comma-separated folders whose packed model is written to --out")
     parser.add_argument("--jobs", type=int, help="use `tsld-fx compare` with this many processes")
@@ -182,14 +184,16 @@ def graphed(bench: Bench, teacher: Path) -> None:
     models = Models(lambda: load_float(str(teacher)), bench.device)
     blocks, pace = bench.blocks.blocks.to(bench.device), 0.0
     while plans:
-        wave, plans = plans[: bench.args.together], plans[bench.args.together :]
-        begun = time.perf_counter()
-        if begun - bench.start + pace * len(wave) * wave[0].steps > bench.args.seconds:
-            bench.say(f"no time for {', '.join(p.name for p in [*wave, *plans])}")
+        wave, begun = plans[: bench.args.together], time.perf_counter()
+        left = bench.args.seconds - (begun - bench.start)
+        if pace * wave[0].steps > left:
+            bench.say(f"no time for {', '.join(p.name for p in plans)}")
             return
-        for result in run_together(wave, models, blocks, bench.streams["validation"], bench.say):
+        results = run_together(wave, models, blocks, bench.streams["validation"], bench.say, left)
+        for result in results:
             _keep(bench, models, result, *places[result.plan.name])
-        pace = (time.perf_counter() - begun) / len(wave) / wave[0].steps
+        plans = plans[len(results) :]
+        pace = (time.perf_counter() - begun) / len(results) / wave[0].steps
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -219,8 +223,6 @@ def _keep(bench: Bench, models: Models, result: Result, row: str, seed: int) -> 
 
 def baselines(bench: Bench, teacher: Path) -> None:
     """The rows without training."""
-    plain = prepare(load_float(str(teacher)), QuantConfig.from_dict(bench.config["shared"]["quant"])).eval()
-    bench.save(rows={"no training": {"0": bench.score(plain.to(bench.device))}})
     for row, settings in read_baselines(bench.config).items():
         if time.perf_counter() - bench.start > bench.args.seconds:
             bench.say(f"no time for {row}")
@@ -242,9 +244,7 @@ def through_compare(bench: Bench) -> None:
         for seed, folder in by_seed.items():
             scores = each.get(folder, made["perplexity"][row])
             bench.save(rows={row: {str(seed or 0): dict(scores) | {"best_step": made["runs"][folder]["best_step"]}}})
-    bench.save(
-        rows={row: {"0": made["perplexity"][row]} for row in ("no training", *bench.config.get("baselines", {}))}
-    )
+    bench.save(rows={row: {"0": made["perplexity"][row]} for row in bench.config.get("baselines", {})})
 
 
 def show(record: Mapping[str, Any]) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_runs import read_json, run_cli, settings, write_yaml
-from tsld_fx.comparison import compare
+from tsld_fx import AffineWeight
+from tsld_fx.comparison import compare, read_baselines, read_runs
 from tsld_fx.errors import ConfigError, TrainingError
+from tsld_fx.settings import RunSettings, read_yaml
+
+ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.xdist_group("comparison")
 
@@ -100,3 +104,18 @@ def test_bad_seeds_and_baselines(tmp_path: Path, change: dict[str, object], mess
     with pytest.raises(ConfigError, match=message):
         compare(config() | change, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "benchmarks" / "configs").glob("*.yaml")))
+def test_configurations_of_the_benchmarks_hold_together(name: str) -> None:
+    found = read_yaml(ROOT / "benchmarks" / "configs" / name)
+    if "runs" not in found:  # one run per task and method
+        shared = {"model": "demo", "quant": found["quant"], "training": found["training"]}
+        assert all(RunSettings.from_dict(shared | {"distill": {"method": m}}) for m in found["methods"])
+        return
+    found["shared"]["model"] = "demo"
+    runs, rows = read_runs(found), read_baselines(found)
+    assert len(runs) >= len(found["runs"]) and all(s.distill.terms() for s in runs.values())
+    if name == "table_a.yaml":
+        assert {f"tsld-seed{s}" for s in range(3)} < set(runs) and rows["gptq-2bit"].float_bits == 2
+        assert runs["tsld-4bit"].quant.weight == AffineWeight(bits=4)
