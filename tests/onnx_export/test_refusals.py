@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import tsld_fx
-from tests.models import build, ternary, unquantised
+from tests.models import ternary, unquantised
 from tsld_fx.cli import export as _  # noqa: F401  (registers the commands)
 from tsld_fx.cli.main import app
 from tsld_fx.onnx import op_library, requirements, write
@@ -33,8 +34,9 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_models_that_are_not_lowered() -> None:
     refused(r"prepared, not converted.*tsld_fx\.convert\(prepared\)", lowered=ternary("llama")[0])
     refused(r"got LlamaForCausalLM.*torch\.onnx\.export", lowered=unquantised("llama")[0])
-    half = tsld_fx.convert(tsld_fx.prepare(build("gpt2"))).to(torch.float16)
+    half = copy.deepcopy(ternary("gpt2")[1]).to(torch.float16)
     refused(r"float16.*dtype=torch\.float32", lowered=half)
+    refused(r"lies on meta\. Call \.to\('cpu'\)", lowered=half.to("meta"))
 
 
 def test_choices() -> None:
@@ -141,9 +143,3 @@ def test_command_line(tmp_path: Path) -> None:
     assert isinstance(done.exception, tsld_fx.TsldError) and not Path("other").exists()
     done = CliRunner().invoke(app, ["build-ort-op", "--ort-include", "packed"])
     assert isinstance(done.exception, tsld_fx.TsldError) and "onnxruntime_cxx_api.h" in str(done.exception)
-
-
-def test_model_on_another_device() -> None:
-    if not torch.cuda.is_available():
-        meta = tsld_fx.convert(tsld_fx.prepare(build("gpt2"))).to("meta")
-        refused(r"lies on meta\. Call \.to\('cpu'\)", lowered=meta)
