@@ -1,7 +1,7 @@
 """The kernels between the products of a decoding step: RMSNorm, gated activation, attention over a static cache.
 
 Each is rendered, built and cached as the products are. `supported` functions say for which tensors a kernel exists;
-elsewhere the operators of `tsld_fx.decode.ops` compute in plain torch.
+elsewhere the operators of `tsld_fx.decode_ops` compute in plain torch.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from tsld_fx import decode_ops  # noqa: F401  (registers the operator)
 from tsld_fx.passes.graph_tools import aten, calls, erase_dead
 
 

@@ -77,7 +77,7 @@ class LoweredModel(PreTrainedModel):
         length = min(max_positions(self) or 4096, 4096) if max_length is None else max_length
         self._tsld_decoder.clear()
         self._tsld_decoder.update(
-            decoder=Decoder(_plain(self), max_batch_size, length, backend=self.backend, **options),
+            decoder=Decoder(_plain(self), max_batch_size, length, **options),
             place=(self.dtype, self.device),
         )
         return self._tsld_decoder["decoder"]  # type: ignore[no-any-return]

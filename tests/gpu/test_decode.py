@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tests.models import POSITIONS, build, ids, left_padded
 from tsld_fx import LoweredModel, convert, prepare
+from tsld_fx import decode_ops as ops
 from tsld_fx.codegen import decode_kernels as kernels
-from tsld_fx.decode import Decoder, ops
+from tsld_fx.decode import Decoder
 from tsld_fx.decode.options import Options
 from tsld_fx.decode.select import Selection
 

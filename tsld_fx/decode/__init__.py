@@ -1,6 +1,5 @@
 """Generation with a static KV cache: prefill and decode graphs of a lowered model, replayed as CUDA graphs.
 
-ops.py        the operators that the graphs carry besides tsld::lowbit_linear, in plain torch and on CUDA kernels
 graphs.py     lowered model -> prefill and decode graphs
 select.py     logits -> next token: greedy and sampling
 decoder.py    Decoder, the call

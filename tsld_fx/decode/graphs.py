@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from tsld_fx.capture import capture, max_positions
-from tsld_fx.decode import ops  # noqa: F401  (registers the operators)
 from tsld_fx.errors import CaptureError, PassError
 from tsld_fx.passes.graph_tools import calls
 from tsld_fx.passes.insert_kv_cache import HOLDER, set_fresh

@@ -1,0 +1,56 @@
+"""The kernels between the products: source, compilation for both architectures, and how work is shared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tsld_fx.codegen import decode_kernels as kernels
+from tsld_fx.codegen.compiler import find_compiler, parse_resources
+
+KINDS = [("rms_norm", 0, 0), ("silu_mul", 0, 0), ("attention", 128, 1), ("attention", 64, 8), ("attention", 256, 8)]
+
+
+def test_source(golden) -> None:
+    source, name = kernels.render("attention", torch.bfloat16, 128, 4)
+    assert name == "tsld_attention_bf16_d128_r4"
+    golden("decode_attention_bf16_d128_r4.cu", source)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("kind", "head_dim", "rows"), KINDS)
+def test_no_spills(kind: str, head_dim: int, rows: int, target: str) -> None:
+    source, name = kernels.render(kind, torch.float16, head_dim, rows)  # type: ignore[arg-type]
+    _, log = find_compiler("nvcc").compile(source, target)
+    (usage,) = parse_resources(log)
+    assert usage.kernel == name
+    assert not (usage.stack or usage.spill_stores or usage.spill_loads)
+
+
+def test_too_much_shared_memory_is_a_compile_error() -> None:
+    source, _ = kernels.render("attention", torch.float16, 256, 16)
+    with pytest.raises(Exception, match="chose too many heads"):
+        find_compiler("nvcc").compile(source, "sm_80")
+
+
+def test_work_is_shared_so_that_the_machine_is_full() -> None:
+    assert [kernels.heads_per_block(h, g) for h, g in ((32, 32), (32, 8), (14, 2), (24, 2), (64, 1))] == [1, 4, 7, 6, 8]
+    assert kernels.attention_splits(1, 32, 32, 4096, 132) == 9
+    assert kernels.attention_splits(1, 32, 32, 128, 132) == 2  # too few positions for more
+    assert kernels.attention_splits(64, 32, 32, 4096, 132) == 1
+    for batch in range(1, 9):  # enough for every smaller batch, too
+        units, splits = batch * 8, kernels.attention_splits(batch, 32, 8, 1024, 132)
+        needed = 8 * 32 + units * splits * 4 * (128 + 2)
+        assert kernels.scratch_floats(8, 32, 8, 128, 1024, 132) >= needed
+
+
+def test_which_tensors_have_kernels() -> None:
+    half = torch.zeros(2, 1, 24, dtype=torch.float16)
+    assert kernels.gate_supported(half[..., :8], half[..., 8:16])
+    assert not kernels.gate_supported(half[..., :8], half[..., 4:12])  # not 16-byte aligned
+    assert not kernels.gate_supported(half.float()[..., :8], half.float()[..., 8:16])
+    q = torch.zeros(2, 1, 4, 32, dtype=torch.float16)
+    assert kernels.attention_supported(q, q, q, None, None)
+    assert not kernels.attention_supported(q.expand(2, 3, 4, 32), q, q, None, None)  # more than one token
+    assert not kernels.attention_supported(q[..., :24], q[..., :24], q[..., :24], None, None)
+    assert not kernels.norm_supported(half[..., :9], half[0, 0, :9])
