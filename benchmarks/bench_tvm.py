@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsld_fx
 import tsld_fx.relax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.relax.bare_python import bare, bare_environment
 
 SHAPES = {
     "demo": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -64,12 +66,13 @@ def bandwidth() -> float:
 
 
 def start_time(folder: Path) -> tuple[float, float]:
-    """-> (process from start to its first new token, of which loading), seconds; the smallest of three."""
-    command = [sys.executable, str(folder / "run.py"), "--ids", "5", "--max-new-tokens", "1", "--time"]
+    """-> (process from start to its first new token, of which loading), seconds, without torch; the least of three."""
+    environment = bare_environment(folder.parent)
     found = []
     for _ in range(3):
         begun = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = bare([str(folder / "run.py"), "--ids", "5", "--max-new-tokens", "1", "--time"], environment)
+        done.check_returncode()
         found.append((time.perf_counter() - begun, float(done.stderr.split("start ")[1].split()[0])))
     return min(found)
 

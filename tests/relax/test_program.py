@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ import torch
 import tsld_fx
 import tsld_fx.relax
 from tests.models import POSITIONS, VOCABULARY, build, ids, left_padded
+from tests.relax.bare_python import bare, bare_environment
 from tests.relax.reference_models import reference
 from tsld_fx.relax import build_program
 from tsld_fx.relax.program_request import request
@@ -63,31 +60,6 @@ def test_weights_stay_packed(program_of: ProgramOf) -> None:
         assert f"{name}.weight" not in stored
         assert stored[f"{name}.weight_packed"]["bytes"] == layer.weight_packed.numel()
     assert (program_of("llama") / "weights.bin").stat().st_size < 1.2 * sum(e["bytes"] for e in stored.values())
-
-
-def bare_environment(folder: Path) -> dict[str, str]:
-    """An environment whose Python sees numpy and tvm_ffi and nothing else of this one's packages."""
-    packages = folder / "packages"
-    packages.mkdir()
-    for name in ("numpy", "tvm_ffi"):
-        spec = find_spec(name)
-        assert spec is not None and spec.origin is not None
-        home = Path(spec.origin).parent
-        for found in (home, home.parent / f"{name}.libs", *home.parent.glob(f"*{name.replace('_', '?')}-*.dist-info")):
-            if found.exists():
-                (packages / found.name).symlink_to(found)
-    (packages / "typing_extensions.py").symlink_to(find_spec("typing_extensions").origin)  # type: ignore[union-attr]
-    return {"PYTHONPATH": str(packages), "PATH": os.environ["PATH"], "TVM_NUM_THREADS": "1"}
-
-
-def bare(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    """Run the interpreter behind the virtual environment, which has no packages of ours."""
-    python = Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
-    command = [str(python), "-S", *arguments]
-    elsewhere = environment["PYTHONPATH"]
-    return subprocess.run(
-        command, env=environment, cwd=elsewhere, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_runs_without_torch_and_without_tvm(program_of: ProgramOf, tmp_path: Path) -> None:
