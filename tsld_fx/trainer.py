@@ -150,7 +150,7 @@ class TSLDTrainer(LeanTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective in training, the ground-truth cross-entropy in evaluation."""
-        feed, labels, segment_ids = self._batch(inputs)
+        feed, labels, segment_ids = self._batch(inputs, model.training)
         if self._objective is not None and (self._loss_only or not return_outputs):
             loss = self._fused_loss(model, feed, labels, segment_ids, inputs)
             return (loss, {}) if return_outputs else loss
@@ -160,7 +160,7 @@ class TSLDTrainer(LeanTrainer):
             loss = losses.ground_truth(outputs.logits, labels)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
-    def _batch(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    def _batch(self, inputs: dict[str, Any], training: bool) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """What the models read, the labels without padding, and the documents if they are told apart."""
         labels = inputs.get("labels")
         if labels is None:
@@ -169,8 +169,9 @@ class TSLDTrainer(LeanTrainer):
             )
         feed = {name: inputs[name] for name in _FEED if inputs.get(name) is not None}
         labels = learnable(labels, feed.get("attention_mask"))
-        segment_ids = inputs.get("segment_ids") if self.distill.separate_documents else None
-        if self.distill.separate_documents and segment_ids is None and _has_tsld(self.distill):
+        separate = self.distill.separate_documents and training  # evaluation is the ground truth's cross-entropy
+        segment_ids = inputs.get("segment_ids") if separate else None
+        if separate and segment_ids is None and _has_tsld(self.distill):
             raise DataError(
                 "DistillConfig(separate_documents=True) needs `segment_ids` [B, T] in every batch. "
                 "Add the column to the data set, or set separate_documents=False."
@@ -186,7 +187,7 @@ class TSLDTrainer(LeanTrainer):
             self._loss_only = False
 
     def _check_batch(self, inputs: dict[str, Any]) -> None:
-        self._check_labels(self._batch(self._prepare_inputs(inputs))[1], self.distill.terms())
+        self._check_labels(self._batch(self._prepare_inputs(inputs), True)[1], self.distill.terms())
 
     def _check_labels(self, labels: Tensor, terms: tuple[LossTerm, ...]) -> None:
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
