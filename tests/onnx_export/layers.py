@@ -71,7 +71,7 @@ def model_of(layer: Layer, dialect: str, activations: str = "a16", rank: int = 3
     if dialect == "custom":
         custom.lower(model, activations)
     else:
-        ort.check(packed_layers(model), dialect)
+        ort.check([(one.name, one.in_features, one.groups) for one in packed_layers(model)], dialect)
         (ort if dialect == "ort" else qdq).lower(model, activations)
     return model
 

@@ -37,13 +37,17 @@ class Blocks:
 
 
 def blocks_of(layer: PackedLayer) -> Blocks | None:
-    """The largest fast block within one group of a layer's scales; None when only smaller ones fit."""
-    group = layer.in_features // layer.groups
+    """The blocks of a layer; None when its groups are too small or odd."""
+    return blocks_for(layer.in_features, layer.groups)
+
+
+def blocks_for(in_features: int, groups: int) -> Blocks | None:
+    """The largest fast block within one group of the scales; None when only smaller ones fit."""
     for size in FAST:
-        if group % size == 0:
-            return Blocks(size, layer.in_features // size)
-    if layer.groups == 1:  # one scale for all: the tail may be padded
-        return Blocks(FAST[-1], -(-layer.in_features // FAST[-1]))
+        if (in_features // groups) % size == 0:
+            return Blocks(size, in_features // size)
+    if groups == 1:  # one scale for all: the tail may be padded
+        return Blocks(FAST[-1], -(-in_features // FAST[-1]))
     return None
 
 

@@ -66,20 +66,20 @@ def export_onnx(
     from tsld_fx.onnx.graph import packed_layers, trace
 
     target = write.Target.of(path)
-    graph = trace(model, kv_cache, needs.opset)
-    layers, unfolded = packed_layers(graph), set[str]()
-    weights = [(layer.rows, layer.in_features) for layer in layers]
     if dialect != "custom":
-        ort.check(layers, dialect)
-    if dialect == "custom":
-        unfolded = custom.lower(graph, activations)
-    elif dialect == "ort":
-        ort.lower(graph, activations)
-    else:
-        qdq.lower(graph, activations)
-    graph.ir_version = needs.ir
-    files.describe(graph, dialect, activations, needs)
+        packed = model.lowbit_layers().items()
+        ort.check([(name, layer.in_features, layer.weight_scale.shape[1]) for name, layer in packed], dialect)
     with write.staged(target) as staging:
+        graph = trace(model, kv_cache, needs.opset)
+        weights, unfolded = [(layer.rows, layer.in_features) for layer in packed_layers(graph)], set[str]()
+        if dialect == "custom":
+            unfolded = custom.lower(graph, activations)
+        elif dialect == "ort":
+            ort.lower(graph, activations)
+        else:
+            qdq.lower(graph, activations)
+        graph.ir_version = needs.ir
+        files.describe(graph, dialect, activations, needs)
         write.save(graph, staging, target)
         if verify:
             error = checks.verify(staging / target.model.name, model, weights, activations, len(unfolded))

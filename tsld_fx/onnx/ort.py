@@ -13,6 +13,7 @@ from tsld_fx.onnx.blocks import (
     block_codes,
     block_scales,
     block_zeros,
+    blocks_for,
     blocks_of,
     matmul_nbits,
     pad_inputs,
@@ -22,16 +23,19 @@ from tsld_fx.onnx.graph import DOMAIN, PackedLayer, packed_layers
 from tsld_fx.onnx.replace import constant, drop_unread, lazy_constant, numpy_of, replace
 
 
-def check(layers: list[PackedLayer], dialect: str) -> None:
+def check(layers: list[tuple[str, int, int]], dialect: str) -> None:
     """Refuse layers that onnxruntime has no fast kernel for.
+
+    Args:
+        layers: (name, in_features, scales per row) of each.
 
     Raises:
         ExportError: it names a layer, its group size and what would do.
     """
-    for layer in layers:
-        if blocks_of(layer) is None:
+    for name, in_features, groups in layers:
+        if blocks_for(in_features, groups) is None:
             raise ExportError(
-                f"export: '{layer.name}' has scales for groups of {layer.in_features // layer.groups} inputs. "
+                f"export: '{name}' has scales for groups of {in_features // groups} inputs. "
                 f"onnxruntime computes low-bit weights in blocks of 32, 64 or 128 (smaller ones are unpacked at every "
                 f"call), so dialect {dialect!r} needs groups that are a multiple of 32. Use dialect='custom', which "
                 "runs any group with the operator library, or quantise with such a group size or per channel."

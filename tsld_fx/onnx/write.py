@@ -55,6 +55,7 @@ def staged(target: Target) -> Iterator[Path]:
     Raises:
         ExportError: the target's folder cannot be written to.
     """
+    fresh = not target.folder.exists()
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".export-", dir=target.folder))
@@ -69,6 +70,8 @@ def staged(target: Target) -> Iterator[Path]:
             old.unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if fresh and not any(target.folder.iterdir()):
+            target.folder.rmdir()
 
 
 def save(model: ir.Model, staging: Path, target: Target) -> None:
