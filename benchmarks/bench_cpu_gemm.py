@@ -3,7 +3,8 @@
     python benchmarks/bench_cpu_gemm.py
 
 One token on 4096 x 14336 over more than 1 GB of rotating weights, 128 and 512 tokens on 4096 x 4096; 1 and 2 threads.
-Contenders take turns call by call; times are medians. The read bandwidth is measured in the same run. Writes
+Contenders take turns; times are medians, of CPU seconds on 1 thread, of wall-clock seconds on 2. The read bandwidth is
+measured in the same run. Writes
 benchmarks/results/cpu_gemm.json. The first run downloads llama-cpp-python's sdist from PyPI and builds ggml.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,16 @@ CASES = ((4096, 14336, 1), (4096, 4096, 128), (4096, 4096, 512))
 ROTATION = 1.1e9  # bytes
 
 
-def ours(codes: Tensor, scale: float, copies: int, activations: str, use_level: str | None) -> list[CpuGemm]:
+def ours(codes: Tensor, scale: float, copies: int) -> list[CpuGemm]:
+    """Copies of one packed layer; every activation mode and level reads the same layout."""
     n, k = codes.shape
-    first = CpuGemm.pack(pack(codes, 2), torch.full((n, 1), scale), None, 2, 0, k, activations, use_level)
-    return [first, *(_copy(first) for _ in range(copies - 1))]
+    arguments = (pack(codes, 2), torch.full((n, 1), scale), None, 2, 0, k)
+    return [CpuGemm.pack(*arguments) for _ in range(copies)]
 
 
-def _copy(gemm: CpuGemm) -> CpuGemm:
-    from tsld_fx.codegen.cpu.gemm import _aligned
-
-    data = _aligned(gemm.data.numel())
-    data.copy_(gemm.data)
-    return CpuGemm(data, gemm.out_features, gemm.in_features, gemm.activations, gemm.level)
+def as_mode(gemms: list[CpuGemm], activations: str, use_level: int | None = None) -> list[CpuGemm]:
+    wanted = gemms[0].level if use_level is None else use_level
+    return [CpuGemm(g.data, g.out_features, g.in_features, activations, wanted) for g in gemms]
 
 
 def bandwidth(seconds: float = 1.0) -> float:
@@ -63,6 +62,7 @@ def contenders(n: int, k: int, tokens: int, codes: Tensor, scale: float) -> Iter
     x = torch.randn(tokens, k)
     copies = max(2, round(ROTATION / (n * k / 4)) if tokens == 1 else 4)
     few = max(2, round(ROTATION / (n * k * 4)))
+    packed = ours(codes, scale, copies)
     for name, activations, dtype in (
         ("int8", "int8", torch.float32),
         ("a16, float32 x", "a16", torch.float32),
@@ -70,39 +70,36 @@ def contenders(n: int, k: int, tokens: int, codes: Tensor, scale: float) -> Iter
         ("add", "add", torch.float32),
     ):
         if name != "add" or tokens == 1:
-            yield f"tsld_fx {name}", ours(codes, scale, copies, activations, None), x.to(dtype), n * k / 4
+            yield f"tsld_fx {name}", as_mode(packed, activations), x.to(dtype), n * k / 4
     if tokens == 1 and level() > 1:
-        yield "tsld_fx int8, AVX2 only", ours(codes, scale, copies, "int8", "avx2"), x, n * k / 4
+        yield "tsld_fx int8, AVX2 only", as_mode(packed, "int8", 1), x, n * k / 4
     yield "llama.cpp TQ2_0", rivals.tq2_0(weight, copies, tokens), x, n * k * 66 / 256
     yield "onnxruntime 2 bits", rivals.matmul_nbits(weight, copies, tokens), x, n * k * 0.28
     yield "torch float32", rivals.torch_float32(weight, few, tokens), x, n * k * 4
     yield "torch bfloat16 prepacked", rivals.torch_bfloat16(weight, 2 * few, tokens), x.bfloat16(), n * k * 2
 
 
-def measure(calls: list[Callable[[Tensor], Tensor]], x: Tensor, seconds: float) -> float:
-    """Median seconds of a call, one weight after another."""
-    for call in calls[:2]:
-        call(x)
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(taken) < 5:
-        call = calls[len(taken) % len(calls)]
-        start = time.perf_counter()
-        call(x)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
 def case(n: int, k: int, tokens: int, threads: int, seconds: float) -> list[dict[str, Any]]:
-    codes = torch.randint(0, 3, (n, k), dtype=torch.uint8)
-    scale, rows = 0.02, []
-    for name, calls, x, size in contenders(n, k, tokens, codes, scale):
+    """Contenders take turns of a few calls; the median call of each, one weight after another."""
+    clock = time.thread_time if threads == 1 else time.perf_counter  # CPU seconds are not those of other processes
+    codes, scale = torch.randint(0, 3, (n, k), dtype=torch.uint8), 0.02
+    racing = list(contenders(n, k, tokens, codes, scale))
+    taken: dict[str, list[float]] = {name: [] for name, *_ in racing}
+    end = time.perf_counter() + seconds * len(racing)
+    while time.perf_counter() < end or min(map(len, taken.values())) < 12:
+        for name, calls, x, _ in racing:
+            for turn in range(4):  # the first finds its code and threads cold
+                start = clock()
+                calls[(len(taken[name]) + turn) % len(calls)](x)
+                if turn:
+                    taken[name].append(clock() - start)
+    rows = []
+    for name, calls, x, size in racing:
         expected = x[:8].double() @ ((codes.double() - 1) * scale).T
         error = float((calls[0](x)[:8].double() - expected).norm() / expected.norm())
-        taken = measure(calls, x, seconds)
-        row = {"n": n, "k": k, "tokens": tokens, "threads": threads, "contender": name, "seconds": taken}
-        rows.append({**row, "relative_error": error, "bytes_per_second": size / taken})
-        del calls
+        median = statistics.median(taken[name])
+        row = {"n": n, "k": k, "tokens": tokens, "threads": threads, "contender": name, "seconds": median}
+        rows.append({**row, "relative_error": error, "bytes_per_second": size / median})
     return rows
 
 
