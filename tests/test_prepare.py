@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models import FAMILIES, build, ids, left_padded, ternary
 from tsld_fx import AffineWeight, DistillConfig, QuantConfig, TernaryWeight, load_prepared, prepare
-from tsld_fx.errors import CheckpointError, ConfigError, DataError
+from tsld_fx.errors import CheckpointError, DataError
 from tsld_fx.passes import PassTrace
 from tsld_fx.passes.graph_tools import calls
 from tsld_fx.prepared import PreparedModel
@@ -231,5 +231,3 @@ def test_inputs_without_a_place_in_the_graph_are_refused() -> None:
         prepared(ids(1, 1), past_key_values=cache)
     with pytest.raises(DataError, match="output_hidden_states"):
         prepared(ids(1, 3), output_hidden_states=True)
-    with pytest.raises(ConfigError, match="gradient_checkpointing=False"):
-        prepared.gradient_checkpointing_enable()

@@ -11,6 +11,7 @@ import yaml
 
 from tsld_fx.config import QuantConfig
 from tsld_fx.distill import DistillConfig
+from tsld_fx.distributed.config import ParallelConfig
 from tsld_fx.errors import ConfigError
 from tsld_fx.text_data import DEMO
 
@@ -77,6 +78,7 @@ class RunSettings:
         checkpoint_steps: optimiser steps between checkpoints; a kill loses at most this many.
         keep: `last` keeps the weights of the last step; `best` those of the best validation loss, with a checkpoint
             at each evaluation (training.eval_strategy, training.eval_steps) instead of every `checkpoint_steps`.
+        parallel: how torchrun's processes share the work; None leaves it to transformers' Trainer.
     """
 
     model: str
@@ -87,6 +89,7 @@ class RunSettings:
     training: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_steps: int = 200
     keep: str = "last"
+    parallel: ParallelConfig | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in ("best", "last"):
@@ -117,6 +120,7 @@ class RunSettings:
             "training": dict(self.training),
             "checkpoint_steps": self.checkpoint_steps,
             "keep": self.keep,
+            **({"parallel": self.parallel.to_dict()} if self.parallel else {}),
         }
 
     @classmethod
@@ -139,6 +143,8 @@ class RunSettings:
             values["quant"] = QuantConfig.from_dict(values["quant"])
         if "distill" in values:
             values["distill"] = DistillConfig.from_dict(values["distill"])
+        if "parallel" in values:
+            values["parallel"] = ParallelConfig.from_dict(values["parallel"])
         return cls(**values)
 
 

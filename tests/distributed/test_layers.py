@@ -13,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.models import build, ids, ternary
 from tests.tiny_runs import arguments, random_rows
-from tsld_fx import ConfigError, PreparedModel, QuantConfig, TernaryWeight, TSLDTrainer, prepare
+from tsld_fx import PreparedModel, QuantConfig, TernaryWeight, TSLDTrainer, prepare
 from tsld_fx.distributed.pipeline import names_read
-from tsld_fx.errors import PassError
+from tsld_fx.errors import ConfigError, PassError
 from tsld_fx.passes.split_layers import layer_calls, split_layers, stage_graph
 
 FAMILIES_HERE = ("llama", "gpt2", "gpt_neo", "gemma3")  # RoPE; tied with dropout; buffers cut to length; two masks
