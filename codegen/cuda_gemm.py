@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,7 @@ from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import Activation, KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
+_KEPT = 512  # numbers of tokens whose launches are kept prepared, per layer
 _ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -87,6 +89,18 @@ def _cuda_device(device: torch.device | str | int) -> torch.device:
     return torch.device("cuda", index)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What launches with one number of tokens share."""
+
+    plan: Plan
+    spec: KernelSpec
+    kernel: LoadedKernel
+    grid: tuple[int, int, int]
+    shared: int
+    floats: int  # of partial sums; 0 without a split
+
+
 class LowBitGemm:
     """y = x @ dequantised(weights).T + bias for fp16 or bf16 x, accumulated in float32, rounded once.
 
@@ -100,6 +114,7 @@ class LowBitGemm:
         self._target = target or native
         self.weights = weights
         self._overlap = self.spec("fp16").capability >= 90  # the code for sm_80 does not wait for earlier kernels
+        self._prepared: dict[tuple[int, Activation, Quantised | None], _Prepared] = {}
 
     @classmethod
     def pack(
@@ -189,37 +204,56 @@ class LowBitGemm:
         if m >= 2**31:
             raise BackendError(f"x has {m} rows; one call takes fewer than 2^31. Split the batch.")
         rows = aligned_rows(x.reshape(m, k))
-        with torch.cuda.device(self.device):
-            scale = None
-            if quantise is not None:
-                rows, scale = quantise_tokens(rows, self.spec(activation, quantise), weights.chunks)
-            plan = plan or self.plan(m, activation, quantise)
-            self._launch(rows, scale, bias, y, plan, self.spec(activation, quantise), overlap)
+        if torch.cuda.current_device() == self.device.index:
+            self._run(rows, bias, y, activation, plan, overlap, quantise)
+        else:
+            with torch.cuda.device(self.device):
+                self._run(rows, bias, y, activation, plan, overlap, quantise)
         return y
 
+    def _run(
+        self, rows: Tensor, bias: Tensor | None, y: Tensor, activation: Activation, plan: Plan | None,
+        overlap: bool | None, quantise: Quantised | None,
+    ) -> None:  # fmt: skip
+        scale = None
+        if quantise is not None:
+            rows, scale = quantise_tokens(rows, self.spec(activation, quantise), self.weights.chunks)
+        self._launch(rows, scale, bias, y, self._prepare(rows.shape[0], activation, quantise, plan), overlap)
+
+    def _prepare(
+        self, m: int, activation: Activation, quantise: Quantised | None, plan: Plan | None = None
+    ) -> _Prepared:
+        """Kernel and launch shape for `m` tokens; those of the chosen plan are kept."""
+        key = (m, activation, quantise)
+        found = self._prepared.get(key) if plan is None else None
+        if found is not None:
+            return found
+        spec, tiles, chip = self.spec(activation, quantise), self.weights.row_tiles, self._multiprocessors
+        chosen = plan or self.plan(m, activation, quantise)
+        if chosen.splits > 1 and chosen.counters(m, tiles, chip) > workspace.COUNTERS_PER_LAUNCH:
+            raise BackendError(f"{chosen} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1.")
+        made = _Prepared(
+            chosen, spec, _kernel(spec, chosen.config, self.device.index), chosen.grid(m, tiles, chip),
+            chosen.shared_bytes(spec, m, tiles, self.weights.chunks, chip),
+            chosen.partial_floats(m, tiles) if chosen.splits > 1 else 0,
+        )  # fmt: skip
+        if plan is None:
+            if len(self._prepared) >= _KEPT:
+                self._prepared.clear()
+            self._prepared[key] = made
+        return made
+
     def _launch(
-        self,
-        rows: Tensor,
-        x_scale: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor,
-        plan: Plan,
-        spec: KernelSpec,
+        self, rows: Tensor, x_scale: Tensor | None, bias: Tensor | None, y: Tensor, prepared: _Prepared,
         overlap: bool | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Enqueue one kernel; rows [m, k] with 16-byte aligned rows, or quantised ones with their scales [m]."""
-        weights, m = self.weights, rows.shape[0]
-        kernel = _kernel(spec, plan.config, self.device.index)
+        weights, m, plan = self.weights, rows.shape[0], prepared.plan
         stream = torch.cuda.current_stream(self.device).cuda_stream
         partial: Tensor | None = None
         counters: Tensor | None = None
-        if plan.splits > 1:
-            if plan.counters(m, weights.row_tiles, self._multiprocessors) > workspace.COUNTERS_PER_LAUNCH:
-                raise BackendError(
-                    f"{plan} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1."
-                )
-            floats = plan.partial_floats(m, weights.row_tiles)
-            partial, counters = workspace.split_k_buffers(self.device, floats, stream)
+        if prepared.floats:
+            partial, counters = workspace.split_k_buffers(self.device, prepared.floats, stream)
         bias = None if bias is None else bias.contiguous()
         params = GemmParams(
             *(
@@ -238,9 +272,8 @@ class LowBitGemm:
         if plan.config.kernel == "wgmma":
             shape = (m, rows.shape[1], params.ldx, plan.config.tokens)
             arguments.append(tensor_map(rows.data_ptr(), rows.dtype, *shape))
-        grid = plan.grid(m, weights.row_tiles, self._multiprocessors)
-        shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, self._multiprocessors)
-        kernel.launch(grid, shared, arguments, stream, overlap=self._overlap and overlap is not False)
+        overlaps = self._overlap and overlap is not False
+        prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps)
 
 
 def aligned_rows(x: Tensor) -> Tensor:
