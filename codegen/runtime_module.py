@@ -133,7 +133,7 @@ def _c_type(name: str) -> str:
 def _fields() -> list[tuple[str, str]]:
     """GemmParams as C++ fields."""
     c = {"c_void_p": None, "c_int": "int", "c_long": "int64_t", "c_longlong": "int64_t", "c_float": "float"}
-    return [(c[kind.__name__] or _c_type(name), name) for name, kind in GemmParams._fields_]
+    return [(c[kind.__name__] or _c_type(name), name) for name, kind, *_ in GemmParams._fields_]
 
 
 def build_library(

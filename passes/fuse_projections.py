@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -84,7 +85,7 @@ def _stacked(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> LowBitLinear
         return None if source is None else attribute(graph_module, str(source.target)).detach()
 
     *_, bits, group_size, in_features = nodes[0].args
-    packed = [value(node, 1) for node in nodes]
+    packed: list[Any] = [value(node, 1) for node in nodes]
     rows = [p.shape[0] for p in packed]
     group_size = max(group_size, 0)
 

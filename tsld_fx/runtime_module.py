@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from tsld_fx.runtime_quantizer import TsldRuntimeConfig, TsldRuntimeQuantizer
 
 FORMAT, FORMAT_VERSION = "tsld_fx runtime module", 1
 MANIFEST, LIBRARY = "manifest.json", "kernels.so"
-_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPES: dict[torch.dtype, Literal["fp16", "bf16"]] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _PARTS = ("codes", "row_scale", "meta", "row_zero")
 
 
