@@ -138,6 +138,13 @@ def test_nothing_is_copied_before_it_is_written() -> None:
     assert len(whole) == 12 and all(value.const_value.raw.data_ptr() in held for value in whole)
 
 
+def test_verification_is_against_exact_arithmetic(tmp_path: Path) -> None:
+    """A model set to int8 activations in torch is still exported, and checked, with the 16 bits asked for."""
+    lowered = tsld_fx.convert(ternary("gpt2")[0], backend="cpu", activations="int8")
+    file = tsld_fx.export_onnx(lowered, tmp_path / "m.onnx")
+    assert difference(open_session(file), ternary("gpt2")[1], (9, 5), 7, cache=False) < 1e-3
+
+
 def test_failure_leaves_the_target_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tsld_fx.onnx import verify
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsld_fx.cached_capture import cache_names, default_positions
 from tsld_fx.capture import max_positions
 from tsld_fx.errors import ExportError
 from tsld_fx.lowered import LoweredModel
+from tsld_fx.ops import _lowbit_linear
 
 # Largest difference of logits of attended tokens. a16: largest deviation / largest logit. int8: as vectors,
 # |a - b| / |b|; what int8 activations cost depends on the model, and this only finds models that are wrong.
@@ -137,8 +139,17 @@ def _batch(lowered: LoweredModel) -> tuple[Tensor, Tensor]:
 
 def _torch_logits(lowered: LoweredModel, tokens: Tensor, mask: Tensor, positions: bool) -> Tensor:
     given = {"position_ids": default_positions(mask, tokens.shape[1])} if positions else {}
-    with torch.no_grad():
+    with torch.no_grad(), _Exact():
         return lowered(input_ids=tokens, attention_mask=mask, **given).logits.float()
+
+
+class _Exact(TorchDispatchMode):
+    """Packed layers compute in plain float32, whatever backend and activations the model is set to."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.tsld.lowbit_linear.default:
+            func = _lowbit_linear
+        return func(*args, **(kwargs or {}))
 
 
 def _check_packed(model: Path, dump: Path, weights: Sequence[tuple[int, int]], unfolded: int) -> None:
