@@ -126,7 +126,7 @@ class GemmConfig:
                 + tiles * tile_bytes(spec.bits)
                 + _round_up(tiles * meta_bytes(spec), 1024)
             )
-            store = 2 * 32 * (64 * 2 + 16) * (self.tokens > 32)  # of a warp group
+            store = 2 * 32 * (64 * 2 + 16) * (self.tokens * (3 - spec.x_bytes) > 64)  # of a warp group
             return 1024 + self.stages * stage + self.warps_n // 4 * store
         x_bytes = _round_up(self.tokens * (self.warps_k * CHUNK * 2 + 16), 128)
         warp_tiles = self.warps_n * self.warps_k * self.row_tiles

@@ -51,7 +51,8 @@ struct WgmmaConfig {
   static constexpr int kMetaBytes = kBlockTiles * Meta::kBytes;
   static constexpr int kStageBytes = kXBytes + kWeightBytes + ceil_div(kMetaBytes, 1024) * 1024;
   static constexpr int kBarrierBytes = 1024;                  // at the start, so that panels stay aligned
-  static constexpr int kSlab = kTokens > 32 ? 32 : 0;          // tokens that go through shared memory at once
+  // Tokens that go through shared memory at once, where that memory does not cost a block per multiprocessor.
+  static constexpr int kSlab = kTokens * (3 - Type::kBytes) > 64 ? 32 : 0;
   static constexpr int kStoreStride = 64 * 2 + 16;            // bytes of a token's rows, padded against bank conflicts
   static constexpr int kStoreBytes = 2 * kSlab * kStoreStride; // two buffers of a warp group
   static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kGroups * kStoreBytes;
