@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from tests.models import build, ids
-from tsld_fx.cli import analyze, commands, export  # noqa: F401  (registers them)
+from tsld_fx.cli import analyze, commands, evaluate, export  # noqa: F401  (registers them)
 from tsld_fx.cli.main import app
 from tsld_fx.comparison import read_runs
 from tsld_fx.settings import RunSettings
