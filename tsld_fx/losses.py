@@ -258,8 +258,10 @@ def _check_teacher_head(hidden: Tensor, weight: Tensor, teacher: Tensor | None, 
 
 
 __all__ = [
+    "IGNORE",
     "FusedLoss",
     "attention_distillation",
+    "check_targets",
     "fused_head_loss",
     "ground_truth",
     "hidden_state_distillation",
