@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,18 @@ def test_without_tvm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(tvm_import, "version", absent)
     with pytest.raises(BackendError, match=r"backend='tvm'.*pip install 'tsld-fx\[tvm\]'.*backend='reference'"):
         tsld_fx.convert(prepared("opt"), backend="tvm")
+
+
+def test_tvm_pins_no_thread() -> None:
+    """Pinned to one core, torch's own threads would wait for each other; in a process whose pool is not started yet."""
+    code = (
+        "import os, torch\n"
+        "from tsld_fx.packing import pack\n"
+        "from tsld_fx.relax.layer_gemm import TvmGemm\n"
+        "before = os.sched_getaffinity(0)\n"
+        "gemm = TvmGemm.pack(pack(torch.ones(64, 64, dtype=torch.uint8), 2), torch.ones(64, 1), None, 2, 0, 64)\n"
+        "gemm(torch.ones(2, 64))\n"
+        "assert os.sched_getaffinity(0) == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

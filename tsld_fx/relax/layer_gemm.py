@@ -17,7 +17,7 @@ from tsld_fx.errors import BackendError
 from tsld_fx.relax.cpu_target import CpuTarget, cpu_target
 from tsld_fx.relax.kernels import MatmulSpec, matmul_function, render
 from tsld_fx.relax.program_cache import TvmCompiler
-from tsld_fx.relax.run import installed_library
+from tsld_fx.relax.run import installed_library, leave_threads_alone
 from tsld_fx.relax.tvm_import import check_tvm
 
 _ALIGNMENT = 64  # bytes; compiled code loads whole vectors
@@ -39,6 +39,7 @@ def product(spec: MatmulSpec, where: CpuTarget) -> Any:
     runtime = installed_library("libtvm_runtime.so")
     if runtime is None:
         raise BackendError("backend='tvm': libtvm_runtime.so is missing. `pip install 'tsld-fx[tvm]'`.")
+    leave_threads_alone()
     ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
     with tempfile.TemporaryDirectory(prefix="tsld-tvm-") as folder:  # a loaded library needs its file no more
         path = Path(folder, "product.so")

@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import sys
 import time
@@ -304,6 +305,7 @@ def _load_runtime(folder: Path, manifest: dict[str, Any], cuda: bool) -> Any:
     except ImportError as error:
         wanted = manifest["versions"]["apache-tvm-ffi"]
         raise ProgramError(f"{folder}: apache-tvm-ffi is missing. `pip install apache-tvm-ffi=={wanted}`.") from error
+    leave_threads_alone()
     if cuda:
         _load_cudart(folder)
     for name in ("libtvm_runtime.so", *(["libtvm_runtime_cuda.so"] if cuda else [])):
@@ -318,6 +320,14 @@ def _load_runtime(folder: Path, manifest: dict[str, Any], cuda: bool) -> Any:
         except OSError as error:
             raise ProgramError(f"{path} does not load here: {error}.") from error
     return tvm_ffi
+
+
+def leave_threads_alone() -> None:
+    """Keep TVM from pinning the calling thread to one core, which every thread made later (torch's) would inherit.
+
+    TVM reads this when its thread pool starts; TVM_BIND_THREADS=1 in the environment asks for pinning.
+    """
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
 
 
 def _load_cudart(folder: Path) -> None:

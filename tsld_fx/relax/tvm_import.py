@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from tsld_fx.errors import BackendError
+from tsld_fx.relax.run import leave_threads_alone
 
 TVM_VERSION = "0.27.0"
 _INSTALL = "Install it with `pip install 'tsld-fx[tvm]'`."
@@ -42,6 +43,7 @@ def load_tvm(user: str = "tsld_fx.relax") -> None:
         check_tvm(user)
         return
     check_tvm(user)
+    leave_threads_alone()
     hook = sys.excepthook
     try:
         import tvm  # noqa: F401
