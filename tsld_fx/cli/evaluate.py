@@ -29,9 +29,14 @@ def perplexity(
 ) -> None:
     """Perplexity of a float, prepared or converted model."""
     from tsld_fx import perplexity as scoring
+    from tsld_fx.cli.task_tables import show_tasks
     from tsld_fx.model_folders import check_window, load_any, load_tokenizer
+    from tsld_fx.task_data import holds_tasks
     from tsld_fx.text_data import read_documents, tokenize
 
+    if holds_tasks(text):
+        show_tasks(commands.console, model, text, length, batch_size, device, dtype)
+        return
     documents = read_documents(text, split)
     loaded, tokenizer = load_any(model, device, dtype), load_tokenizer(model)
     check_window(length, loaded)

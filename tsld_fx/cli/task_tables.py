@@ -8,7 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show_tasks(console: Console, model: str, files: list[str], length: int, batch_size: int) -> None:
+def show_tasks(
+    console: Console,
+    model: str,
+    files: list[str],
+    length: int,
+    batch_size: int,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> None:
     """Score a model on task files: one line per file."""
     from tsld_fx.model_folders import check_window, load_any, load_tokenizer
     from tsld_fx.task_data import read_examples
@@ -16,7 +24,7 @@ def show_tasks(console: Console, model: str, files: list[str], length: int, batc
 
     tokenizer = load_tokenizer(model)
     examples = {file: read_examples(file, tokenizer) for file in files}
-    loaded = load_any(model)
+    loaded = load_any(model, device, dtype)
     check_window(length, loaded)
     table = Table("task", "examples", "answer perplexity", "accuracy", "chance")
     for file, found in examples.items():
