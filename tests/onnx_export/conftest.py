@@ -51,7 +51,9 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """export_onnx traces each model of tests.models once per process; what it lowers and writes is a clone."""
 
     def trace(lowered: Any, kv_cache: bool, opset: int) -> Any:
-        families = [name for name in ("gpt2", "opt", "gpt_neo", "llama") if ternary(name)[1] is lowered]
-        return _traced(families[0], kv_cache, opset).clone() if families else _trace(lowered, kv_cache, opset)
+        family = lowered.config.model_type
+        if family in ("gpt2", "opt", "gpt_neo", "llama") and ternary(family)[1] is lowered:
+            return _traced(family, kv_cache, opset).clone()
+        return _trace(lowered, kv_cache, opset)
 
     monkeypatch.setattr(graph, "trace", trace)
