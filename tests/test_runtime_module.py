@@ -267,3 +267,14 @@ def test_library_refuses_tensors_it_was_not_built_for(built: Path) -> None:
     codes, scale = torch.zeros(16, dtype=torch.uint8), torch.zeros(48)
     with pytest.raises(ValueError, match="not on a CUDA device"):
         run(x, codes, None, scale, None, None, y, None, None)
+
+
+def test_graphs_of_a_module_carry_its_functions(built: Path) -> None:
+    """compile_decode captures a runtime module as any model; running the graphs needs a GPU."""
+    from tsld_fx.checkpoint import from_pretrained
+    from tsld_fx.decode.graphs import build_graphs
+
+    graphs = build_graphs(from_pretrained(built, dtype=torch.float16), 2, 16)
+    for graph_module in (graphs.prefill, graphs.decode):
+        names = [str(node.target) for node in graph_module.graph.nodes]
+        assert names.count("tsld.kernel_linear.default") == 12 and names.count("tsld.cached_attention.default") == 2

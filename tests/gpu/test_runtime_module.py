@@ -94,3 +94,11 @@ def test_input_on_the_cpu_is_refused(folders: tuple[Path, Path], monkeypatch: py
     layer = next(m for m in module.modules() if type(m).__name__ == "RuntimeLinear")
     with pytest.raises(BackendError, match=r"float16"):
         layer(torch.zeros(1, layer.in_features, dtype=torch.bfloat16, device="cuda"))
+
+
+def test_module_decodes_over_a_static_cache(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_module(folders[1], monkeypatch)
+    prompt, options = ids(2, 7).cuda(), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    decoder = module.compile_decode(2, 40)  # compares logits with the module's own
+    assert len(module.generate(prompt, **options)[0]) == 19
+    assert decoder._steps  # it was served
