@@ -49,11 +49,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the exports here and use them again")
     parser.add_argument("--export-only", action="store_true", help="write the files into --folder and stop")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/onnx_cpu.json")
-    parser.add_argument("--export", nargs=4, help=argparse.SUPPRESS)  # model, variant, file, layers: the child process
+    parser.add_argument("--export", nargs=2, help=argparse.SUPPRESS)  # model, folder: the child process
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # file, library or '-'
     args = parser.parse_args()
     if args.export:
-        print(json.dumps(export(args.export[0], args.export[1], Path(args.export[2]), int(args.export[3]))))
+        print(json.dumps(export(args.export[0], Path(args.export[1]), args.layers)))
     elif args.run:
         print(json.dumps(run(Path(args.run[0]), args.run[1], args.threads, args.steps, args.prompt)))
     else:
@@ -82,23 +82,17 @@ def compare(args: argparse.Namespace) -> None:
         library = args.library or build_op_library(folder / "libtsld_ort.so")
         for model in args.models:
             rows = {}
-            for name, (_dialect, _, with_library) in VARIANTS.items():
+            child("--export", model, str(folder / model), "--layers", str(args.layers))
+            if args.export_only:
+                continue
+            for name, (_, _, with_library) in VARIANTS.items():
                 file = folder / model / file_name(name) / "model.onnx"
                 given = ["--threads", str(args.threads), "--steps", str(args.steps), "--prompt", str(args.prompt)]
-                if not file.exists():
-                    made = child("--export", model, name, str(file), str(args.layers))
-                    (file.parent / "export.json").write_text(json.dumps(made))
-                    print(model, name, made, flush=True)
-                if args.export_only:
-                    continue
-                rows[name] = {"export": json.loads((file.parent / "export.json").read_text())}
                 used = str(library.resolve()) if with_library else "-"
-                rows[name].update(child("--run", str(file), used, *given))
+                rows[name] = child("--run", str(file), used, *given)
                 size = sum(f.stat().st_size for f in file.parent.glob("model.onnx*"))
                 rows[name]["file_mb"] = round(size / 1e6, 1)
                 print(model, name, rows[name], flush=True)
-            if args.export_only:
-                continue
             report["models"][model] = rows
             args.out.parent.mkdir(exist_ok=True)
             args.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -124,46 +118,50 @@ def child(*arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def export(model: str, variant: str, file: Path, layers: int) -> dict[str, Any]:
-    """Write one variant; how much memory that took above the model's own."""
+def export(model: str, folder: Path, layers: int) -> None:
+    """Write the files of a model that are not there yet; it is traced once for all dialects."""
     import onnx
-    import torch
 
     import tsld_fx
+    from tsld_fx.onnx import graph, write
 
     lowered = lowered_model(model, layers)
-    dialect, activations, _ = VARIANTS[variant]
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    started = time.perf_counter()
-    if dialect is None:
-        from tsld_fx.lowbit_linear import LowBitLinear
+    traced, trace = None, graph.trace
 
-        for name, module in list(lowered.named_modules()):
-            if isinstance(module, LowBitLinear):
-                linear = torch.nn.Linear(module.in_features, module.weight_packed.shape[0], module.bias is not None)
-                linear.weight.data = module.dequantize()
-                if module.bias is not None:
-                    linear.bias.data = module.bias.data
-                lowered.set_submodule(name, linear)
-        from tsld_fx.onnx import graph, write
+    def trace_once(given: Any, kv_cache: bool, opset: int) -> Any:
+        nonlocal traced
+        traced = traced or trace(given, kv_cache, opset)
+        return traced.clone()
 
-        target = write.Target.of(file)
-        with write.staged(target) as staging:
-            write.save(graph.trace(lowered, True, 21), staging, target)
-    else:
-        tsld_fx.export_onnx(
-            lowered, file, "ort" if dialect == "exact" else dialect, True,
-            "int8" if dialect == "exact" else activations, verify=False,
-        )  # fmt: skip
-    if dialect == "exact":
-        proto = onnx.load(file, load_external_data=False)
-        for node in proto.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
-        onnx.save(proto, file)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"seconds": round(time.perf_counter() - started, 1), "before_mb": round(held), "peak_mb": round(peak)}
+    graph.trace = trace_once
+    for name, (dialect, activations, _) in VARIANTS.items():
+        file = folder / file_name(name) / "model.onnx"
+        if dialect in (None, "exact") or file.exists():
+            continue
+        tsld_fx.export_onnx(lowered, file, dialect, True, activations, verify=False)
+    exact = folder / file_name("MatMulNBits accuracy_level 0") / "model.onnx"
+    if not exact.exists():
+        proto = onnx.load(folder / "ort_int8" / "model.onnx")
+        for attribute in (a for node in proto.graph.node for a in node.attribute if a.name == "accuracy_level"):
+            attribute.i = 0
+        exact.parent.mkdir()
+        onnx.save(proto, exact)
+    plain = write.Target.of(folder / "float32" / "model.onnx")
+    if not plain.model.exists():
+        unpack(lowered)
+        with write.staged(plain) as staging:
+            write.save(trace(lowered, True, 21), staging, plain)
+
+
+def unpack(lowered: Any) -> None:
+    """Replace every packed layer by nn.Linear over the same weight."""
+    import torch
+
+    for name, packed in lowered.lowbit_layers().items():
+        linear = torch.nn.Linear(packed.in_features, len(packed.weight_packed), packed.bias is not None, device="meta")
+        linear.weight = torch.nn.Parameter(packed.dequantize(), requires_grad=False)
+        linear.bias = packed.bias
+        lowered.set_submodule(name, linear)
 
 
 def lowered_model(name: str, layers: int, vocabulary: int = 32000) -> Any:
