@@ -105,7 +105,8 @@ class TaskRun:
     collator = staticmethod(collate)
 
     def __init__(self, settings: RunSettings, tokenizer: Any) -> None:
-        self.settings, self.tokenizer, self._examples = settings, tokenizer, dict[str, list[Example]]()
+        self.settings, self.tokenizer = settings, tokenizer
+        self._examples, self._samples = dict[str, list[Example]](), dict[str, AnswerSamples]()
 
     def examples(self, split: str) -> list[Example]:
         """The examples of a split, read once; empty where it has no files."""
@@ -133,13 +134,13 @@ class TaskRun:
 
     def blocks(self, split: str, segments: bool = False) -> AnswerSamples | None:
         """The samples of a split; None where it has no files."""
-        examples = self.examples(split)
+        examples, data = self.examples(split), self.settings.data
         if not examples:
             return None
-        data = self.settings.data
-        return AnswerSamples(
-            encode_all(examples, self.tokenizer, data.block_size, split), data.block_size, data.packing
-        )
+        if split not in self._samples:
+            encoded = encode_all(examples, self.tokenizer, data.block_size, split)
+            self._samples[split] = AnswerSamples(encoded, data.block_size, data.packing)
+        return self._samples[split]
 
     def score(self, split: str, model: PreTrainedModel, progress: str | None) -> dict[str, float]:
         """{split: perplexity of the answers}, with {split}_accuracy where there are choices."""
