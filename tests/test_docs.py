@@ -24,7 +24,14 @@ from tsld_fx.settings import RunSettings
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(page for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 NEEDS_GPU = {"cuda.md"}  # checked by tests/gpu
-EXAMPLES = {"train_and_convert.py": ["--steps", "1"], "use_our_passes.py": [], "read_checkpoint.py": [], "evaluation_data.py": [], "tvm_program.py": [], "export_onnx.py": []}
+EXAMPLES = {
+    "train_and_convert.py": ["--steps", "1"],
+    "use_our_passes.py": [],
+    "read_checkpoint.py": [],
+    "evaluation_data.py": [],
+    "tvm_program.py": [],
+    "export_onnx.py": [],
+}
 CLI = typer.main.get_command(app)
 
 
