@@ -101,6 +101,7 @@ def _set_up(
         distill=settings.distill,
         parallel=settings.parallel,
         eval_dataset=text.blocks("validation"),
+        data_collator=text.collator,
         callbacks=callbacks,
         ranks=ranks,
         keep_teacher=True,
