@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -234,13 +233,19 @@ def run(file: Path, library: str, threads: int, steps: int, prompt: int) -> dict
         tokens, position = logits[:, -1:].argmax(-1), position + count
         if step > 3 and time.perf_counter() - started - loading > 40:  # the slow ones need no more
             break
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = peak_bytes() / 1e6
     return {
         "tokens_per_s": round(1 / float(np.median(rates[2:])), 2),
         "prompt_tokens_per_s": round(1 / rates[0], 1),
         "peak_mb": round(peak, 1),
         "load_s": round(loading, 2),
     }
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process; ru_maxrss would count its parent's, from before exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def read_bandwidth(threads: int) -> float:
