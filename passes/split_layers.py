@@ -222,7 +222,8 @@ def stage_graph(root: fx.Graph, first: int, last: int) -> fx.Graph:
         if node not in needed and node is not source:
             needed.add(node)
             pending.extend(node.all_input_nodes)
-    for node in needed & set(layers[:first]):
+    several = {n for n in layers if any(user.target is _item for user in n.users)}  # taps beside the hidden state
+    for node in [n for n in layers if n in several or (n in needed and n in layers[:first])]:
         raise PassError(
             f"stage_graph: layers {first} to {last - 1} read values of {node.target} besides its hidden state, "
             "so they cannot be a pipeline stage. Use --parallel fsdp, or a method without taps."

@@ -135,7 +135,7 @@ def test_root_graph_is_short_and_stages_refuse_inner_values_of_earlier_ones() ->
     assert [str(n.target) for n in layer_calls(layered.root)] == ["layer_0", "layer_1"]
     assert not any("fake_quant" in str(n.target) for n in layered.root.nodes)
     assert all(sum("fake_quant" in str(n.target) for n in layer.nodes) == 7 for layer in layered.layers)
-    model.set_taps(("hidden_states",))
+    model.set_taps(("attention_scores",))
     with pytest.raises(PassError, match="--parallel fsdp"):
         stage_graph(split_layers(model.graph_module.graph).root, 1, 2)
 
