@@ -136,6 +136,18 @@ def test_lowbit_linear_equals_float64_arithmetic(scheme: str, bits: int, symmetr
             np.testing.assert_allclose(ours.double().numpy(), exact, rtol=close * 0.55, atol=close * 1e-3 + 1e-6)
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_ternary_weights_with_zero_points_of_their_own(zero: int) -> None:
+    codes = torch.randint(0, 3, (5, 13))
+    scales, zeros = torch.rand(5, 1) + 0.1, torch.full((5, 1), zero, dtype=torch.uint8)
+    expected = (codes.double() - zero) * scales.double()
+    weight = dequantize(pack(codes, 2), scales, zeros, 2, 0, 13)
+    assert torch.equal(weight, expected.float())
+    x = torch.randn(3, 13, dtype=torch.float64)
+    y = torch.ops.tsld.lowbit_linear(x, pack(codes, 2), scales, zeros, None, 2, 0, 13)
+    torch.testing.assert_close(y, x @ expected.T)
+
+
 @pytest.mark.parametrize("shape", [(20,), (1, 20), (2, 3, 20), (2, 1, 3, 20), (0, 20), (2, 0, 20)])
 def test_leading_dimensions_and_views(shape: tuple[int, ...]) -> None:
     _, packed, trained = make("twn", 2, True, 0)

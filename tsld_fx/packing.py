@@ -67,7 +67,7 @@ def dequantize(
         levels = torch.nn.functional.embedding(packed.int(), table).reshape(rows, -1)[:, :in_features]
     lines = levels.reshape(scales.numel(), -1)
     if zeros is not None:
-        lines = lines - zeros.float().reshape(-1, 1)
+        lines = lines - (zeros.float().reshape(-1, 1) - (1.0 if bits == 2 else 0.0))  # ternary levels are centred
     elif bits != 2:
         lines = lines - float(2 ** (bits - 1))
     return (lines * scales.reshape(-1, 1)).reshape(rows, in_features)
