@@ -103,9 +103,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", default=",".join(TASKS))
+    for split in ("train", "validation", "test"):
+        parser.add_argument(f"--{split}", type=int, help=f"most {split} examples per task (default: all)")
     args = parser.parse_args()
+    most = {s: n for s in ("train", "validation", "test") if (n := getattr(args, s)) is not None}
     for task in args.tasks.split(","):
-        print(task, write_task(task, args.data, args.out))
+        print(task, write_task(task, args.data, args.out, most))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,6 @@ def test_awq_beats_rounding_where_few_features_are_large(bits: int, group_size: 
     [
         ("gpt2", TernaryWeight()),
         ("llama", AffineWeight(bits=4, granularity="group", group_size=4)),
-        ("gemma3", AffineWeight(bits=4, symmetric=True)),
     ],
 )
 def test_a_gptq_model_packs_bit_for_bit(family: str, spec: object, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_long_examples_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixt
         encode_all(examples[1:], tokenizer(), 12, "train")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_scores_equal_one_example_at_a_time(seed: int, tmp_path: Path) -> None:
     model = build("llama", vocab_size=120, seed=seed)
     examples = read_examples(str(questions(tmp_path / "q.jsonl", 9, seed)))

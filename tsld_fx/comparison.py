@@ -93,8 +93,11 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for key, value in over.items():
         old = both.get(key)
-        nested = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if nested and value.get("kind", old.get("kind")) == old.get("kind"):
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
             both[key] = _merged(old, value)
         else:
             both[key] = value
