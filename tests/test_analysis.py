@@ -61,7 +61,7 @@ def test_every_architecture_and_every_kind_of_model(family: str) -> None:
     found = {k: analysis.analyze(teacher, s, batch.flatten(), length=LENGTH, map_tokens=8) for k, s in students.items()}
     assert all(float(v.abs().max()) == 0 for v in found["float"].errors.relative.values())
     for key, value in found["packed"].errors.relative.items():
-        torch.testing.assert_close(value, found["trained"].errors.relative[key])
+        torch.testing.assert_close(value, found["trained"].errors.relative[key], rtol=1e-4, atol=1e-6)
         assert float(value.min()) > 0 and torch.isfinite(value).all()
     for theirs, ours in found["packed"].maps.values():
         assert theirs.shape == ours.shape == (4, 8, 8)
