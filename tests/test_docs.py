@@ -61,7 +61,7 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
 def options(command: str) -> set[str]:
     """The long and short options of a command, --help included."""
     found = CLI.commands[command] if command else CLI
-    return {name for parameter in found.params for name in parameter.opts} | {"--help"}
+    return {name for p in found.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name not in NEEDS_GPU], ids=name_of)
