@@ -1,8 +1,9 @@
-// Many tokens with AMX int8 tiles: 2-bit and 4-bit codes are unpacked once per block of inputs and used for up to
-// kAmxRound tokens. Included in the namespace of the AVX512 level.
+// Many tokens with AMX int8 tiles: codes are unpacked to tiles once per block of inputs and used for up to kAmxRound
+// tokens, whose sums stay in the tile registers for the whole block. Included in the namespace of the AVX512 level.
 
-constexpr int64_t kAmxInputs = 8;   // tiles of 64 inputs unpacked at once: 16 KiB
-constexpr int64_t kAmxRound = 128;  // tokens whose int32 sums stay in the cache
+constexpr int64_t kAmxInputs = 64;  // tiles of 64 inputs unpacked at once: 256 KiB, in the second-level cache
+constexpr int64_t kAmxRound = 128;  // tokens in one go, or half of them so that their limbs stay in that cache, too
+constexpr int64_t kAmxBytes = 1 << 20;
 
 struct alignas(64) TileConfig {
   uint8_t palette, start, reserved[14];
@@ -18,26 +19,26 @@ TSLD_AMX_TARGET static void configure_tiles() {
   _tile_loadconfig(&c);
 }
 
-// Two blocks (32 rows) of `tiles` * 64 inputs -> uint8 tiles [tiles][2][16][64].
+// A panel (64 rows) of `tiles` * 64 inputs -> uint8 tiles [2 halves][kAmxInputs][2][16][64].
 template <int BITS>
 TSLD_TARGET void unpack_tiles(const uint8_t* codes, int64_t tiles, uint8_t* out) {
   constexpr int kParts = 8 / BITS, kSteps = 2 * BITS;  // steps per 64 inputs
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1));
-  for (int64_t t = 0; t < tiles; t++)
-    for (int half = 0; half < 2; half++, out += 1024)
+  for (int64_t t = 0; t < tiles; t++, out += 2048)
 #pragma GCC unroll 4
-      for (int step = 0; step < kSteps; step++) {
-        const uint8_t* from = codes + (t * kSteps + step) * 256 + 64 * half;
-        _mm_prefetch(reinterpret_cast<const char*>(from) + TSLD_CPU_AHEAD, _MM_HINT_T0);
-        const __m512i v = _mm512_loadu_si512(from);
+    for (int step = 0; step < kSteps; step++, codes += 256)
+#pragma GCC unroll 4
+      for (int block = 0; block < 4; block++) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + 64 * block + TSLD_CPU_AHEAD, _MM_HINT_T0);
+        const __m512i v = _mm512_loadu_si512(codes + 64 * block);
+        uint8_t* to = out + block / 2 * (kAmxInputs * 2048) + block % 2 * 1024 + step * kParts * 64;
 #pragma GCC unroll 4
         for (int s = 0; s < kParts; s++)
-          _mm512_store_si512(out + (step * kParts + s) * 64,
-                             BITS == 8 ? v : _mm512_and_si512(_mm512_srli_epi16(v, BITS * s), mask));
+          _mm512_store_si512(to + s * 64, BITS == 8 ? v : _mm512_and_si512(_mm512_srli_epi16(v, BITS * s), mask));
       }
 }
 
-// d [16 * ROWS planes][64] (two blocks of 16 columns of it) += a planes x codes; A0, A1: tiles of activations.
+// d0, d1 [16][kPanel] (32 columns of them) += two tiles of activations (ROWS 1: one) x codes.
 template <int ROWS>
 TSLD_AMX_TARGET void multiply_tiles(const int8_t* a0, const int8_t* a1, const uint8_t* codes, int64_t tiles,
                                     int32_t* d0, int32_t* d1, bool first) {
@@ -63,13 +64,8 @@ TSLD_AMX_TARGET void multiply_tiles(const int8_t* a0, const int8_t* a1, const ui
     _tile_dpbsud(0, 4, 6);
     _tile_loadd(7, codes + 1024, 64);
     _tile_dpbsud(1, 4, 7);
-    if (ROWS == 2) _tile_loadd(5, a1, 64);
-#pragma GCC unroll 16
-    for (int line = 0; line < 16; line++) {
-      _mm_prefetch(reinterpret_cast<const char*>(a0) + 2048 + 64 * line, _MM_HINT_T0);
-      if (ROWS == 2) _mm_prefetch(reinterpret_cast<const char*>(a1) + 2048 + 64 * line, _MM_HINT_T0);
-    }
     if (ROWS == 2) {
+      _tile_loadd(5, a1, 64);
       _tile_dpbsud(2, 5, 6);
       _tile_dpbsud(3, 5, 7);
     }
@@ -82,49 +78,56 @@ TSLD_AMX_TARGET void multiply_tiles(const int8_t* a0, const int8_t* a1, const ui
   }
 }
 
+// Tokens t0 <= t < t1, at most kAmxRound, of one panel.
 template <int BITS>
 TSLD_AMX_TARGET void many_tokens(const Weights& w, const Workspace& layout, const void* ws, const float* bias, void* y,
                                  int dtype, int64_t ldy, int64_t t0, int64_t t1, int64_t panel) {
   alignas(64) static thread_local int32_t d[3][kAmxRound][kPanel];
   alignas(64) static thread_local float acc[kAmxRound][kPanel];
-  alignas(64) static thread_local uint8_t codes[kAmxInputs * 2048];
+  alignas(64) static thread_local uint8_t codes[kAmxInputs * 4096];
   const Token* facts = layout.tokens(ws);
-  for (int64_t r0 = t0; r0 < t1; r0 += kAmxRound) {
-    const int64_t r1 = r0 + kAmxRound < t1 ? r0 + kAmxRound : t1;
-    memset(acc, 0, static_cast<size_t>(r1 - r0) * sizeof acc[0]);
-    const int8_t* planes[3 * kAmxRound / 16];  // tiles of 16 tokens, of all limbs that are in use
-    int32_t* sums[3 * kAmxRound / 16];
-    int count = 0;
-    for (int64_t t = r0; t < r1; t += 16) {
-      int limbs = 0;
-      for (int64_t i = t; i < t + 16 && i < r1; i++) limbs = facts[i].limbs > limbs ? facts[i].limbs : limbs;
-      for (int l = 0; l < limbs; l++, count++) {
-        planes[count] = layout.tile(ws, w, t / 16, l);
-        sums[count] = d[l][t - r0];
-      }
-    }
-    for (int64_t index = 0; index < layout.segments; index++) {
-      const Segment s = segment(w, index);
-      for (int half = 0; half < 2; half++)
-        for (int64_t k0 = s.at / 64, end = (s.at + s.padded) / 64; k0 < end; k0 += kAmxInputs) {
-          const int64_t tiles = end - k0 < kAmxInputs ? end - k0 : kAmxInputs;
-          const bool first = k0 == s.at / 64;
-          const uint8_t* from = w.codes() + panel * w.panel_bytes() + k0 * 2 * BITS * 256 + half * 128;
-          unpack_tiles<BITS>(from, tiles, codes);
-          for (int i = 0; i < count; i += 2) {
-            int32_t* d0 = sums[i] + 32 * half;
-            const int8_t* a0 = planes[i] + k0 * 1024;
-            if (i + 1 < count)
-              multiply_tiles<2>(a0, planes[i + 1] + k0 * 1024, codes, tiles, d0, sums[i + 1] + 32 * half, first);
-            else multiply_tiles<1>(a0, a0, codes, tiles, d0, nullptr, first);
+  const int64_t size = dtype == TSLD_CPU_F32 ? 4 : 2;
+  memset(acc, 0, static_cast<size_t>(t1 - t0) * sizeof acc[0]);
+  for (int64_t index = 0; index < layout.segments; index++) {
+    const Segment s = segment(w, index);
+    const int64_t begin = s.at / 64, end = (s.at + s.padded) / 64;
+    for (int64_t k0 = begin; k0 < end; k0 += kAmxInputs) {
+      const int64_t tiles = end - k0 < kAmxInputs ? end - k0 : kAmxInputs;
+      unpack_tiles<BITS>(w.codes() + panel * w.panel_bytes() + k0 * 2 * BITS * 256, tiles, codes);
+      for (int64_t r0 = t0; r0 < t1; r0 += 32) {
+        const int64_t r1 = r0 + 32 < t1 ? r0 + 32 : t1;
+        const int8_t* planes[6];  // tiles of 16 tokens, of all limbs that are in use
+        int32_t* sums[6];
+        int count = 0;
+        for (int64_t t = r0; t < r1; t += 16) {
+          int limbs = 0;
+          for (int64_t i = t; i < t + 16 && i < r1; i++) limbs = facts[i].limbs > limbs ? facts[i].limbs : limbs;
+          for (int l = 0; l < limbs; l++, count++) {
+            planes[count] = layout.tile(ws, w, t / 16, l) + k0 * 1024;
+            sums[count] = d[l][t - t0];
           }
         }
-      for (int64_t t = r0; t < r1; t++) {
-        const int32_t* of[3] = {d[0][t - r0], d[1][t - r0], d[2][t - r0]};
-        fold_token(w, index, panel, facts[t].limbs, of, layout.sums(ws, t), layout.segments, acc[t - r0]);
+        if (index + 1 == layout.segments && k0 + tiles >= end)  // the results' lines arrive while the tiles multiply
+          for (int64_t t = r0; t < r1; t++)
+            for (int64_t at = 0; at < kPanel * size; at += 64)
+              __builtin_prefetch(static_cast<const char*>(y) + (t * ldy + panel * kPanel) * size + at, 1);
+        for (int i = 0; i < count; i += 2)
+          for (int half = 0; half < 2; half++) {
+            const uint8_t* b = codes + half * (kAmxInputs * 2048);
+            int32_t* d0 = sums[i] + 32 * half;
+            const bool first = k0 == begin;
+            if (i + 1 < count)
+              multiply_tiles<2>(planes[i], planes[i + 1], b, tiles, d0, sums[i + 1] + 32 * half, first);
+            else multiply_tiles<1>(planes[i], planes[i], b, tiles, d0, nullptr, first);
+          }
+        if (k0 + tiles < end) continue;
+        for (int64_t t = r0; t < r1; t++) {
+          const int32_t* of[3] = {d[0][t - t0], d[1][t - t0], d[2][t - t0]};
+          fold_token(w, index, panel, facts[t].limbs, of, layout.sums(ws, t), layout.segments, acc[t - t0]);
+          if (index + 1 == layout.segments) store(w, facts[t], panel, acc[t - t0], bias, y, dtype, t * ldy);
+        }
       }
     }
-    for (int64_t t = r0; t < r1; t++) store(w, facts[t], panel, acc[t - r0], bias, y, dtype, t * ldy);
   }
 }
 
@@ -132,10 +135,16 @@ TSLD_AMX_TARGET static void multiply_amx(const Weights& w, const Workspace& layo
                                          void* y, int dtype, int64_t ldy, int64_t t0, int64_t t1, int64_t p0,
                                          int64_t p1) {
   configure_tiles();
-  for (int64_t panel = p0; panel < p1; panel++) {
-    if (w.bits == 2) many_tokens<2>(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
-    else if (w.bits == 4) many_tokens<4>(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
-    else many_tokens<8>(w, layout, ws, bias, y, dtype, ldy, t0, t1, panel);
+  int limbs = 1;
+  for (int64_t t = t0; t < t1; t++) limbs = layout.tokens(ws)[t].limbs > limbs ? layout.tokens(ws)[t].limbs : limbs;
+  const int64_t round = kAmxRound * limbs * w.k_pad > kAmxBytes ? kAmxRound / 2 : kAmxRound;
+  for (int64_t r0 = t0; r0 < t1; r0 += round) {
+    const int64_t r1 = r0 + round < t1 ? r0 + round : t1;
+    for (int64_t panel = p0; panel < p1; panel++) {
+      if (w.bits == 2) many_tokens<2>(w, layout, ws, bias, y, dtype, ldy, r0, r1, panel);
+      else if (w.bits == 4) many_tokens<4>(w, layout, ws, bias, y, dtype, ldy, r0, r1, panel);
+      else many_tokens<8>(w, layout, ws, bias, y, dtype, ldy, r0, r1, panel);
+    }
   }
   _tile_release();
 }

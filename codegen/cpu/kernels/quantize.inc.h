@@ -194,28 +194,25 @@ TSLD_TARGET TSLD_INLINE void to_16_bits(const Floats16& value, int dtype, uint16
 
 TSLD_TARGET static void store(const Weights& w, const Token& token, int64_t panel, const float* acc, const float* bias,
                               void* y, int dtype, int64_t at) {
-  const int64_t first = panel * kPanel, left = w.n - first, count = left < kPanel ? left : kPanel;
-  alignas(64) float v[kPanel], b[kPanel];
-  alignas(64) uint16_t h[kPanel];
-  if (bias && count < kPanel) {
-    memset(b, 0, sizeof b);
-    memcpy(b, bias + first, static_cast<size_t>(count) * 4);
-  }
-  const float* offsets = bias && count == kPanel ? bias + first : b;
-  for (int j = 0; j < kPanel; j += 16) {
-    Floats16 f, offset;
+  const int64_t first = panel * kPanel, left = w.n - first, size = dtype == TSLD_CPU_F32 ? 4 : 2;
+  char* to = static_cast<char*>(y) + (at + first) * size;
+  for (int64_t j = 0; j < kPanel && j < left; j += 16) {
+    const int64_t count = left - j < 16 ? left - j : 16;
+    Floats16 f, offset = {};
     memcpy(&f, acc + j, 64);
     f = f * token.scale * token.post;
     if (bias) {
-      memcpy(&offset, offsets + j, 64);
+      if (count == 16) memcpy(&offset, bias + first + j, 64);
+      else memcpy(&offset, bias + first + j, static_cast<size_t>(count) * 4);
       f += offset;
     }
-    memcpy(v + j, &f, 64);
-    if (dtype != TSLD_CPU_F32) to_16_bits(f, dtype, h + j);
+    uint16_t h[16];
+    if (dtype != TSLD_CPU_F32) to_16_bits(f, dtype, h);
+    const void* from = dtype == TSLD_CPU_F32 ? static_cast<const void*>(&f) : h;
+    if (count < 16) memcpy(to + j * size, from, static_cast<size_t>(count * size));
+    else if (dtype == TSLD_CPU_F32) memcpy(to + j * 4, &f, 64);
+    else memcpy(to + j * 2, h, 32);
   }
-  char* to = static_cast<char*>(y) + (at + first) * (dtype == TSLD_CPU_F32 ? 4 : 2);
-  const void* from = dtype == TSLD_CPU_F32 ? static_cast<const void*>(v) : h;
-  memcpy(to, from, static_cast<size_t>(count) * (dtype == TSLD_CPU_F32 ? 4 : 2));
 }
 
 // ---------------------------------------------------------------- panels, with dots() and adds() of the level
