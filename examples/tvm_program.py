@@ -1,10 +1,11 @@
 """A packed decoder as a TVM program: compiled, run from torch, and run by a script that needs no torch.
 
-python examples/tvm_program.py my-program
+python examples/tvm_program.py [folder to write, default a temporary one]
 """
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ lowered = tsld_fx.convert(tsld_fx.prepare(model))
 module = tsld_fx.to_relax(lowered)  # an IRModule, for your own passes
 print(module["main"].script()[:300])
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "my-program")
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else f"{tempfile.mkdtemp()}/my-program")
 tsld_fx.relax.compile(lowered, folder, runtime=True)
 program = tsld_fx.relax.load(folder)
 ids = torch.tensor([[5, 6, 7]])
