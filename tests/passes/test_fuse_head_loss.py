@@ -51,7 +51,7 @@ head_loss_default = tsld.head_loss.default(tanh, head_weight, None, teacher_hidd
 getitem = head_loss_default[0]
 getitem_1 = head_loss_default[1]
 getitem_2 = head_loss_default[2]
-return {'loss': getitem, 'loss_terms': getitem_1, 'token_scores': getitem_2}""",
+return {'loss': getitem, 'loss_terms': getitem_1, 'token_scores': getitem_2}""",  # noqa: E501
     )
 
 
