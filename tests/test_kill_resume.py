@@ -18,7 +18,7 @@ from tests.tiny_runs import float_folder, read_json, run_cli, settings, start_cl
 from tsld_fx.runs import last_whole_checkpoint, read_metrics
 
 pytestmark = pytest.mark.xdist_group("kill_resume")
-STEPS, EVERY = 120, 5
+STEPS, EVERY = 50, 5
 KEPT = ("step", "epoch", "loss", "loss_tsld", "loss_gt", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
 
 
