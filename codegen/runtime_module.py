@@ -147,8 +147,22 @@ def build_library(
     Raises:
         KernelBuildError: no CUDA compiler or host compiler, no tvm-ffi, or something does not compile.
     """
-    host, flags = _host_compiler()
+    host, flags = host_compiler()
     find_compiler()
+    with tempfile.TemporaryDirectory(prefix="tsld-module-") as folder:
+        source, names = module_source(kernels, targets, Path(folder), max_tokens)
+        _compile_host([*host, *flags], source, Path(folder), out)
+    return names
+
+
+def module_source(
+    kernels: Sequence[LinearKernel], targets: Sequence[str], folder: Path, max_tokens: int | None = None
+) -> tuple[str, list[str]]:
+    """Compile the kernels of these layers into `folder` -> (C++ source of images and launchers, kernels' names).
+
+    Raises:
+        KernelBuildError: a kernel does not compile.
+    """
     plans = list(_tables(kernels, targets, max_tokens))
     wanted: dict[tuple[KernelSpec, GemmConfig], None] = {}  # in order, without a target
     needed: dict[tuple[KernelSpec, GemmConfig, int], None] = {}
@@ -159,14 +173,12 @@ def build_library(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         builds = [pool.submit(build_kernel, replace(s, target=targets[t]), c) for s, c, t in needed]
         binaries = [build.result()[0] for build in builds]
-    with tempfile.TemporaryDirectory(prefix="tsld-module-") as folder:
-        symbols = {}
-        for number, (key, binary) in enumerate(zip(needed, binaries, strict=True)):
-            Path(folder, f"{number}.bin").write_bytes(binary)
-            symbols[key] = f"tsld_image_{number}"
-        source = _render(kernels, targets, plans, list(wanted), symbols, Path(folder))
-        _compile_host([*host, *flags], source, Path(folder), out)
-    return [f"{kernel_name(spec, config)} ({targets[index]})" for spec, config, index in needed]
+    symbols = {}
+    for number, (key, binary) in enumerate(zip(needed, binaries, strict=True)):
+        (folder / f"{number}.bin").write_bytes(binary)
+        symbols[key] = f"tsld_image_{number}"
+    names = [f"{kernel_name(spec, config)} ({targets[index]})" for spec, config, index in needed]
+    return _render(kernels, targets, plans, list(wanted), symbols, folder), names
 
 
 def _render(
@@ -217,7 +229,7 @@ def _render(
     )  # fmt: skip
 
 
-def _host_compiler() -> tuple[list[str], list[str]]:
+def host_compiler() -> tuple[list[str], list[str]]:
     """-> (command, flags with tvm-ffi's headers and library)."""
     command = os.environ.get("CXX", "").split() or [p for p in map(shutil.which, ("g++", "clang++", "c++")) if p][:1]
     if not command:

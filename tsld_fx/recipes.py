@@ -130,14 +130,7 @@ def train(
     if (done := folder.result()) is not None:
         return done
     quiet = quiet or not is_first()
-    arguments = training_arguments(settings, folder)
-    model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
-    teacher = load_float(settings.teacher or settings.model)
-    check_teacher(teacher, model)
-    check_window(settings.data.block_size, model)
-    text = open_data(settings, tokenizer)
-    text.check(model)
-    student = prepare(model, settings.quant)
+    arguments, student, teacher, text, tokenizer = load_run(settings, folder)
     if is_first():
         folder.begin()
     device = device_of(settings)
@@ -156,6 +149,18 @@ def train(
         callbacks=[MetricsFile(folder.metrics), *callbacks],
     )
     return _run(trainer, student, tokenizer, folder, text, settings, quiet, known)
+
+
+def load_run(settings: RunSettings, folder: RunFolder) -> tuple[Any, Any, PreTrainedModel, _Text | TaskRun, Any]:
+    """-> (TrainingArguments, prepared student, teacher, data, tokenizer); everything is checked before the capture."""
+    arguments = training_arguments(settings, folder)
+    model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
+    teacher = load_float(settings.teacher or settings.model)
+    check_teacher(teacher, model)
+    check_window(settings.data.block_size, model)
+    text = open_data(settings, tokenizer)
+    text.check(model)
+    return arguments, prepare(model, settings.quant), teacher, text, tokenizer
 
 
 def _run(

@@ -12,15 +12,12 @@ from transformers import TrainerCallback
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.distributed.trainer import DistributedTrainer
 from tsld_fx.errors import ConfigError
-from tsld_fx.model_folders import check_window, load_float, load_tokenizer
 from tsld_fx.plots import plot_run
-from tsld_fx.prepared import prepare
 from tsld_fx.progress import RichProgress
-from tsld_fx.recipes import open_data, training_arguments
+from tsld_fx.recipes import load_run
 from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
 from tsld_fx.settings import RunSettings
 from tsld_fx.task_data import holds_tasks
-from tsld_fx.trainer import check_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +80,7 @@ def _set_up(
                 "--parallel fsdp and pipeline train on text in blocks of one length, not on task files. "
                 "Use --parallel ddp."
             )
-        arguments = training_arguments(settings, folder)
-        model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
-        teacher = load_float(settings.teacher or settings.model)
-        check_teacher(teacher, model)
-        check_window(settings.data.block_size, model)
-        text = open_data(settings, tokenizer)
-        text.check(model)
-        return arguments, prepare(model, settings.quant), teacher, text, tokenizer
+        return load_run(settings, folder)
 
     arguments, student, teacher, text, tokenizer = ranks.agree(load)
     trainer = DistributedTrainer(

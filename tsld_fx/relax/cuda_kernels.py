@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from torch import Tensor, fx
 
 from tsld_fx.codegen import runtime_module as modules
 from tsld_fx.codegen.compiler import KernelBuildError
-from tsld_fx.codegen.config import GemmConfig
-from tsld_fx.codegen.cuda_gemm import build_kernel
 from tsld_fx.codegen.layout import KernelWeights, kernel_group, to_kernel_layout
 from tsld_fx.codegen.render import environment
 from tsld_fx.codegen.runtime_module import LinearKernel
@@ -129,23 +125,10 @@ def build_object(kernels: list[LinearKernel], targets: tuple[str, ...], out: Pat
     Raises:
         KernelBuildError: no CUDA compiler or host compiler, or something does not compile.
     """
-    host, flags = modules._host_compiler()
-    plans = list(modules._tables(kernels, targets, max_rows))
-    wanted: dict[tuple[KernelSpec, GemmConfig], None] = {}
-    needed: dict[tuple[KernelSpec, GemmConfig, int], None] = {}
-    for kernel, index, ranges in plans:
-        for _, plan in ranges:
-            wanted[replace(kernel.spec, target="sm_80"), plan.config] = None
-            needed[replace(kernel.spec, target="sm_80"), plan.config, index] = None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        builds = [pool.submit(build_kernel, replace(spec, target=targets[t]), config) for spec, config, t in needed]
-        binaries = [build.result()[0] for build in builds]
+    host, flags = modules.host_compiler()
     with tempfile.TemporaryDirectory(prefix="tsld-module-") as name:
-        folder, symbols = Path(name), {}
-        for number, (key, binary) in enumerate(zip(needed, binaries, strict=True)):
-            (folder / f"{number}.bin").write_bytes(binary)
-            symbols[key] = f"tsld_image_{number}"
-        source = modules._render(kernels, targets, plans, list(wanted), symbols, folder)
+        folder = Path(name)
+        source, _ = modules.module_source(kernels, targets, folder, max_rows)
         linears = [{"index": index, "name": kernel.name} for index, kernel in enumerate(kernels)]
         source += environment().get_template("relax_linear.cc.j2").render(linears=linears)
         (folder / "module.cc").write_text(source)
