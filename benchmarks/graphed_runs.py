@@ -8,22 +8,18 @@ On the CPU the same code runs step by step.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
+from graphed_step import Models
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tsld_fx import DistillConfig, PreparedModel, QuantConfig, losses, prepare
+from tsld_fx import DistillConfig, PreparedModel, QuantConfig
 from tsld_fx.perplexity import perplexity
-from tsld_fx.prepared import graph_model
 
 
 @dataclass(frozen=True)
@@ -51,46 +47,16 @@ class Result:
     weights: list[Tensor] = field(default_factory=list)
 
 
-class Models:
-    """A prepared model per quantisation, captured once and copied for each run."""
-
-    def __init__(self, load: Callable[[], PreTrainedModel], device: torch.device) -> None:
-        self.load, self.device = load, device
-        self.prepared: dict[QuantConfig, tuple[PreparedModel, PreparedModel]] = {}
-        self.teachers: dict[tuple[str, ...], PreparedModel] = {}
-
-    def student(self, quant: QuantConfig) -> PreparedModel:
-        """A fresh student in training mode."""
-        return copy.deepcopy(self._pair(quant)[0])
-
-    def evaluator(self, quant: QuantConfig) -> PreparedModel:
-        """The one model in evaluation mode, to copy weights into."""
-        return self._pair(quant)[1]
-
-    def _pair(self, quant: QuantConfig) -> tuple[PreparedModel, PreparedModel]:
-        if quant not in self.prepared:
-            made = prepare(self.load().to(self.device), quant).train()
-            self.prepared[quant] = (made, copy.deepcopy(made).eval())
-        return self.prepared[quant]
-
-    def teacher(self, taps: tuple[str, ...]) -> PreparedModel:
-        """The full-precision model as a graph."""
-        if taps not in self.teachers:
-            self.teachers[taps] = graph_model(self.load().to(self.device), None, taps).eval().requires_grad_(False)
-        return self.teachers[taps]
-
-
 class GraphedRun:
     """One run: `advance` does a step."""
 
     def __init__(self, plan: Plan, models: Models, blocks: Tensor) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.blocks, device = plan, blocks, blocks.device
-        self.model = models.student(plan.quant)
-        self.model.set_taps(plan.distill.taps)
-        self.teacher = models.teacher(plan.distill.taps) if plan.distill.needs_teacher else None
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        learned = {id(p) for _, p in self.model.learned_scales()}
+        self.models, self.loss = models, models.loss(plan.quant, plan.distill)
+        self.named = models.student(plan.quant)
+        self.parameters = [p for p in self.named.values() if p.requires_grad]
+        learned = {id(self.named[name]) for name in models.learned(plan.quant)}
         groups = [
             ([p for p in self.parameters if id(p) not in learned], plan.rate),
             ([p for p in self.parameters if id(p) in learned], plan.rate * plan.quant.scale_lr_ratio),
@@ -146,23 +112,18 @@ class GraphedRun:
         self.done += 1
 
     def _step(self) -> None:
-        ids = self.blocks.index_select(0, self.order.index_select(0, self.counter).view(-1))
+        samples = self.order.index_select(0, self.counter).view(-1)
         fall = self.fall.index_select(0, self.counter).squeeze(0)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"].copy_(fall * peak)
         self.optimizer.zero_grad(set_to_none=True)
-        outputs = self.model(input_ids=ids)
-        guide: Any = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                guide = self.teacher(input_ids=ids)
-        with _no_checks():
-            values = [_term(term, outputs, guide, ids) for term in self.plan.distill.terms()]
-        total = torch.stack([t.weight * v for t, v in zip(self.plan.distill.terms(), values, strict=True)]).sum()
+        with self.models.autocast(), self.models.checks():
+            total, values = self.loss(self.named, self.blocks.index_select(0, samples), samples)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.log.index_copy_(0, self.counter, torch.stack([total, *values]).detach().unsqueeze(0))
+        logged = torch.cat([total.detach().view(1), values.detach()])
+        self.log.index_copy_(0, self.counter, logged.float().unsqueeze(0))
         self.counter += 1
 
     def write_log(self, first: int) -> None:
@@ -180,36 +141,15 @@ class GraphedRun:
     def evaluate(self, evaluator: PreparedModel, stream: Tensor, length: int) -> None:
         """Perplexity on the validation text with the weights of now; the best are kept."""
         with torch.no_grad():
-            torch._foreach_copy_(list(evaluator.parameters()), [p.detach() for p in self.model.parameters()])
+            torch._foreach_copy_(list(evaluator.parameters()), [p.detach() for p in self.named.values()])
         found = perplexity(evaluator, stream, length, batch_size=32)
         self.result.metrics.append(self._place() | {"eval_loss": found.loss, "eval_perplexity": found.perplexity})
         if found.perplexity < self.result.validation:
             self.result.validation, self.result.best_step = found.perplexity, self.done
-            self.result.weights = [p.detach().clone() for p in self.model.parameters()]
+            self.result.weights = [p.detach().clone() for p in self.named.values()]
 
     def _place(self) -> dict[str, float]:
         return {"step": self.done, "epoch": round(self.done * self.plan.batch / len(self.blocks), 4)}
-
-
-@contextlib.contextmanager
-def _no_checks() -> Iterator[None]:
-    """The losses' checks of labels wait for the device, which a capture cannot; the blocks have no bad labels."""
-    with mock.patch("torch.compiler.is_compiling", return_value=True):
-        yield
-
-
-def _term(term: Any, student: Any, teacher: Any, ids: Tensor) -> Tensor:
-    if term.kind == "gt":
-        return losses.ground_truth(student.logits, ids)
-    if term.kind == "logit":
-        return losses.logit_distillation(student.logits, teacher.logits, ids, term.temperature or 1.0)
-    if term.kind == "tsld":
-        return losses.token_scaled_logit_distillation(
-            student.logits, teacher.logits, ids, term.temperature or 10.0, term.reduction
-        )
-    if term.kind == "hidden":
-        return losses.hidden_state_distillation(student.hidden_states, teacher.hidden_states, None)
-    return losses.attention_distillation(student.attention_scores, teacher.attention_scores, None)
 
 
 def run_together(

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graphed_runs import Models, Plan, Result, run_together
+from graphed_runs import Plan, Result, run_together
+from graphed_step import Models
 from machine import ROOT, describe
 from rich.console import Console
 from rich.table import Table

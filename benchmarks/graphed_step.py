@@ -1,0 +1,181 @@
+"""The models and the loss of `graphed_runs.py`: one function of the parameters and a batch per kind of run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from tsld_fx import DistillConfig, PreparedModel, QuantConfig, losses, prepare
+from tsld_fx.fused_loss import objective_of
+from tsld_fx.headless import without_head
+from tsld_fx.passes.causal_attention import CausalAttention
+from tsld_fx.passes.runner import run_passes
+from tsld_fx.prepared import graph_model
+
+Loss = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]  # parameters, ids, samples
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a step computes; none changes what it computes but for rounding.
+
+    Attributes:
+        bf16: matrix products and attention in bfloat16 (autocast); parameters, losses and optimiser stay float32.
+        causal: attention without a mask tensor.
+        fused: head and losses as one operator.
+        cached: the teacher runs once over the training blocks, not at every step.
+        compiled: the elementwise parts of forward and backward pass fused by torch.compile.
+    """
+
+    bf16: bool = True
+    causal: bool = True
+    fused: bool = True
+    cached: bool = True
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What the teacher says about every training block: inputs of its head [N, T, H], cross-entropy [N, T - 1]."""
+
+    hidden: Tensor
+    scores: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Models:
+    """A prepared model per quantisation, captured once, and the loss function of each kind of run."""
+
+    def __init__(self, load: Callable[[], PreTrainedModel], blocks: Tensor, ways: Ways = Ways()) -> None:
+        self.load, self.blocks, self.ways, self.device = load, blocks, ways, blocks.device
+        self._prepared: dict[QuantConfig, tuple[PreparedModel, PreparedModel]] = {}
+        self._losses: dict[Any, Loss] = {}
+        self._rows: TeacherRows | None = None
+        torch._dynamo.config.recompile_limit = 64  # one compilation for each kind of run
+
+    def student(self, quant: QuantConfig) -> dict[str, nn.Parameter]:
+        """Fresh parameters by name, and the frozen ones."""
+        model = self._pair(quant)[0]
+        return {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+
+    def learned(self, quant: QuantConfig) -> set[str]:
+        """Names of the learned scales."""
+        return {name for name, _ in self._pair(quant)[0].learned_scales()}
+
+    def evaluator(self, quant: QuantConfig) -> PreparedModel:
+        """The one model in evaluation mode, to copy weights into."""
+        return self._pair(quant)[1]
+
+    def autocast(self) -> Any:
+        """The precision of a step's matrix products."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.ways.bf16)
+
+    def checks(self) -> Any:
+        """What a step that is not compiled runs in."""
+        return contextlib.nullcontext() if self.ways.compiled else no_checks()
+
+    def _pair(self, quant: QuantConfig) -> tuple[PreparedModel, PreparedModel]:
+        if quant not in self._prepared:
+            made = self._whole_blocks(prepare(self.load().to(self.device), quant).train())
+            self._prepared[quant] = (made, copy.deepcopy(made).eval())
+        return self._prepared[quant]
+
+    def _whole_blocks(self, model: PreparedModel) -> PreparedModel:
+        if self.ways.causal:
+            run_passes(model.graph_module, [CausalAttention(self.blocks.shape[1])])
+        return model
+
+    def loss(self, quant: QuantConfig, distill: DistillConfig) -> Loss:
+        """The loss and its terms as a function of the parameters (by name), token numbers [B, T] and block numbers."""
+        key = (quant, distill)
+        if key not in self._losses:
+            objective = objective_of(distill.terms()) if self.ways.fused else None
+            made = self._plain(quant, distill) if objective is None else self._fused(quant, objective)
+            self._losses[key] = torch.compile(made, dynamic=False) if self.ways.compiled else made
+        return self._losses[key]
+
+    def _fused(self, quant: QuantConfig, objective: Any) -> Loss:
+        model = self._pair(quant)[0]
+        graph = model._graph(False, objective)
+        rows = self.rows() if objective.needs_teacher else None
+        tsld = any(kind.startswith("tsld") for kind in objective.kinds)
+
+        def loss(parameters: dict[str, Tensor], ids: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+            given: dict[str, Any] = {"labels": ids}
+            if rows is not None:
+                given |= {"teacher_weight": rows.weight, "teacher_bias": rows.bias}
+                given["teacher_hidden"] = rows.hidden.index_select(0, samples)
+                if tsld:
+                    given["token_scores"] = rows.scores.index_select(0, samples)
+            values = functional_call(graph, parameters, (ids, torch.ones_like(ids)), given)
+            return values["loss"], values["loss_terms"]
+
+        return loss
+
+    def _plain(self, quant: QuantConfig, distill: DistillConfig) -> Loss:
+        model = copy.deepcopy(self._pair(quant)[0])
+        model.set_taps(distill.taps)
+        graph, teacher = model.graph_module, None
+        if distill.needs_teacher:
+            guide = graph_model(self.load().to(self.device), None, distill.taps).eval().requires_grad_(False)
+            teacher = self._whole_blocks(guide).graph_module
+
+        def loss(parameters: dict[str, Tensor], ids: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+            ones = torch.ones_like(ids)
+            theirs: Any = None
+            if teacher is not None:
+                with torch.no_grad():
+                    theirs = teacher(ids, ones)
+            ours = functional_call(graph, parameters, (ids, ones))
+            values = [_term(term, ours, theirs, ids) for term in distill.terms()]
+            weighted = [term.weight * value for term, value in zip(distill.terms(), values, strict=True)]
+            return torch.stack(weighted).sum(), torch.stack(values)
+
+        return loss
+
+    def rows(self) -> TeacherRows:
+        """The teacher's rows, made once."""
+        if self._rows is None:
+            head = without_head(self.load().to(self.device).eval())
+            assert head is not None, "the teacher's logits are not the plain result of a linear head"
+            hidden, scores = [], []
+            for ids in self.blocks.split(16):
+                with torch.no_grad(), self.autocast():
+                    found = head.body(input_ids=ids, use_cache=False).logits
+                    logits = torch.nn.functional.linear(found, head.weight, head.bias)
+                hidden.append(found.to(torch.bfloat16 if self.ways.bf16 else torch.float32))
+                scores.append(losses.token_cross_entropy(logits[:, :-1], ids[:, 1:]))
+            self._rows = TeacherRows(torch.cat(hidden), torch.cat(scores), head.weight.clone(), head.bias)
+        return self._rows
+
+
+@contextlib.contextmanager
+def no_checks() -> Iterator[None]:
+    """The losses' checks of labels wait for the device, which a capture cannot; the blocks have no bad labels."""
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        yield
+
+
+def _term(term: Any, student: Any, teacher: Any, ids: Tensor) -> Tensor:
+    if term.kind == "gt":
+        return losses.ground_truth(student["logits"], ids)
+    if term.kind == "logit":
+        return losses.logit_distillation(student["logits"], teacher["logits"], ids, term.temperature or 1.0)
+    if term.kind == "tsld":
+        return losses.token_scaled_logit_distillation(
+            student["logits"], teacher["logits"], ids, term.temperature or 10.0, term.reduction
+        )
+    measure = losses.hidden_state_distillation if term.kind == "hidden" else losses.attention_distillation
+    tap = "hidden_states." if term.kind == "hidden" else "attention_scores."
+    ours, theirs = ([v for k, v in values.items() if k.startswith(tap)] for values in (student, teacher))
+    return measure(ours, theirs, None)
