@@ -12,14 +12,23 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from graphed_step import Models
 from torch import Tensor
 
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig
-from tsld_fx.perplexity import perplexity
+
+
+class Score(Protocol):
+    """A result on a validation set: mean loss (nats) of a token, and exp of it."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def perplexity(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,9 @@ class Result:
 class GraphedRun:
     """One run: `advance` does a step."""
 
-    def __init__(self, plan: Plan, models: Models, blocks: Tensor) -> None:
+    def __init__(self, plan: Plan, models: Models) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.blocks, device = plan, blocks, blocks.device
+        self.plan, blocks, device = plan, models.blocks, models.device
         self.models, self.loss = models, models.loss(plan.quant, plan.distill)
         self.named = models.student(plan.quant)
         self.parameters = [p for p in self.named.values() if p.requires_grad]
@@ -118,7 +127,7 @@ class GraphedRun:
             group["lr"].copy_(fall * peak)
         self.optimizer.zero_grad(set_to_none=True)
         with self.models.autocast(), self.models.checks():
-            total, values = self.loss(self.named, self.blocks.index_select(0, samples), samples)
+            total, values = self.loss(self.named, samples)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -138,41 +147,38 @@ class GraphedRun:
         names = ["loss", *(f"loss_{t.kind}" for t in self.plan.distill.terms())]
         self.result.metrics.append(self._place() | dict(zip(names, chunk.tolist(), strict=True)))
 
-    def evaluate(self, evaluator: PreparedModel, stream: Tensor, length: int) -> None:
-        """Perplexity on the validation text with the weights of now; the best are kept."""
-        with torch.no_grad():
-            torch._foreach_copy_(list(evaluator.parameters()), [p.detach() for p in self.named.values()])
-        found = perplexity(evaluator, stream, length, batch_size=32)
+    def evaluate(self, score: Callable[[PreparedModel], Score]) -> None:
+        """Score the weights of now on the validation set; the best are kept."""
+        found = score(self.models.with_weights(self.plan.quant, list(self.named.values())))
         self.result.metrics.append(self._place() | {"eval_loss": found.loss, "eval_perplexity": found.perplexity})
         if found.perplexity < self.result.validation:
             self.result.validation, self.result.best_step = found.perplexity, self.done
             self.result.weights = [p.detach().clone() for p in self.named.values()]
 
     def _place(self) -> dict[str, float]:
-        return {"step": self.done, "epoch": round(self.done * self.plan.batch / len(self.blocks), 4)}
+        return {"step": self.done, "epoch": round(self.done * self.plan.batch / len(self.models.blocks), 4)}
 
 
 def run_together(
     plans: Sequence[Plan],
     models: Models,
-    blocks: Tensor,
-    validation: Tensor,
+    score: Callable[[PreparedModel], Score],
     say: Callable[[str], None] = print,
     seconds: float = math.inf,
 ) -> list[Result]:
-    """Train all plans (of equal steps and evaluations) at once and evaluate each on the validation text.
+    """Train all plans (of equal steps and evaluations) at once and evaluate each.
 
     Args:
-        blocks: training blocks [N, T] on the device.
-        validation: token stream, scored in windows of T.
+        score: gives a model's result on the validation set.
         seconds: from now; after 100 steps the last runs are given up until the others fit into it.
 
     Returns:
         The results of the runs that were not given up, in order.
     """
     start = time.perf_counter()
-    runs = [GraphedRun(plan, models, blocks) for plan in plans]
-    if blocks.is_cuda:
+    runs = [GraphedRun(plan, models) for plan in plans]
+    cuda = models.device.type == "cuda"
+    if cuda:
         for run in runs:
             run.capture()
         say(f"captured {len(runs)} runs in {time.perf_counter() - start:.1f} s")
@@ -182,7 +188,7 @@ def run_together(
         for run in runs:
             run.advance()
         evaluated = step % every == 0 or step == plans[0].steps
-        if blocks.is_cuda and (step % 25 == 0 or evaluated):  # keep the queue short; the runs have streams of their own
+        if cuda and (step % 25 == 0 or evaluated):  # keep the queue short; the runs have streams of their own
             torch.cuda.synchronize()
         if step == 100:
             pace = (time.perf_counter() - begun) / 100 / len(runs)
@@ -194,8 +200,8 @@ def run_together(
             for run in runs:
                 first = (step - 1) // every * every
                 run.write_log(first)
-                run.evaluate(models.evaluator(run.plan.quant), validation, blocks.shape[1])
-            if blocks.is_cuda:  # the copies of the best weights are made before the next step changes them
+                run.evaluate(score)
+            if cuda:  # the copies of the best weights are made before the next step changes them
                 torch.cuda.synchronize()
             taken = time.perf_counter() - begun
             shown = ", ".join(f"{r.plan.name} {r.result.metrics[-1]['eval_perplexity']:.2f}" for r in runs)

@@ -21,7 +21,7 @@ from tsld_fx.passes.causal_attention import CausalAttention
 from tsld_fx.passes.runner import run_passes
 from tsld_fx.prepared import graph_model
 
-Loss = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]  # parameters, ids, samples
+Loss = Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor]]  # of parameters and numbers of blocks
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,19 @@ class TeacherRows:
 
 
 class Models:
-    """A prepared model per quantisation, captured once, and the loss function of each kind of run."""
+    """A prepared model per quantisation, captured once, and the loss function of each kind of run.
 
-    def __init__(self, load: Callable[[], PreTrainedModel], blocks: Tensor, ways: Ways = Ways()) -> None:
+    Args:
+        load: makes the full-precision model.
+        blocks: training samples [N, T] on the device.
+        labels: [N, T], -100 ignored (on padding, which is to the right); the blocks themselves by default.
+    """
+
+    def __init__(
+        self, load: Callable[[], PreTrainedModel], blocks: Tensor, ways: Ways = Ways(), labels: Tensor | None = None
+    ) -> None:
         self.load, self.blocks, self.ways, self.device = load, blocks, ways, blocks.device
+        self.labels = blocks if labels is None else labels
         self._prepared: dict[QuantConfig, tuple[PreparedModel, PreparedModel]] = {}
         self._losses: dict[Any, Loss] = {}
         self._rows: TeacherRows | None = None
@@ -72,9 +81,12 @@ class Models:
         """Names of the learned scales."""
         return {name for name, _ in self._pair(quant)[0].learned_scales()}
 
-    def evaluator(self, quant: QuantConfig) -> PreparedModel:
-        """The one model in evaluation mode, to copy weights into."""
-        return self._pair(quant)[1]
+    @torch.no_grad()
+    def with_weights(self, quant: QuantConfig, weights: list[Tensor]) -> PreparedModel:
+        """The one model in evaluation mode, given these parameters."""
+        model = self._pair(quant)[1]
+        torch._foreach_copy_(list(model.parameters()), [w.detach() for w in weights])
+        return model
 
     def autocast(self) -> Any:
         """The precision of a step's matrix products."""
@@ -96,7 +108,7 @@ class Models:
         return model
 
     def loss(self, quant: QuantConfig, distill: DistillConfig) -> Loss:
-        """The loss and its terms as a function of the parameters (by name), token numbers [B, T] and block numbers."""
+        """The loss and its terms as a function of the parameters (by name) and numbers of blocks [B]."""
         key = (quant, distill)
         if key not in self._losses:
             objective = objective_of(distill.terms()) if self.ways.fused else None
@@ -110,8 +122,9 @@ class Models:
         rows = self.rows() if objective.needs_teacher else None
         tsld = any(kind.startswith("tsld") for kind in objective.kinds)
 
-        def loss(parameters: dict[str, Tensor], ids: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-            given: dict[str, Any] = {"labels": ids}
+        def loss(parameters: dict[str, Tensor], samples: Tensor) -> tuple[Tensor, Tensor]:
+            ids = self.blocks.index_select(0, samples)
+            given: dict[str, Any] = {"labels": self.labels.index_select(0, samples)}
             if rows is not None:
                 given |= {"teacher_weight": rows.weight, "teacher_bias": rows.bias}
                 given["teacher_hidden"] = rows.hidden.index_select(0, samples)
@@ -130,14 +143,15 @@ class Models:
             guide = graph_model(self.load().to(self.device), None, distill.taps).eval().requires_grad_(False)
             teacher = self._whole_blocks(guide).graph_module
 
-        def loss(parameters: dict[str, Tensor], ids: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(parameters: dict[str, Tensor], samples: Tensor) -> tuple[Tensor, Tensor]:
+            ids, labels = self.blocks.index_select(0, samples), self.labels.index_select(0, samples)
             ones = torch.ones_like(ids)
             theirs: Any = None
             if teacher is not None:
                 with torch.no_grad():
                     theirs = teacher(ids, ones)
             ours = functional_call(graph, parameters, (ids, ones))
-            values = [_term(term, ours, theirs, ids) for term in distill.terms()]
+            values = [_term(term, ours, theirs, labels) for term in distill.terms()]
             weighted = [term.weight * value for term, value in zip(distill.terms(), values, strict=True)]
             return torch.stack(weighted).sum(), torch.stack(values)
 
@@ -149,12 +163,12 @@ class Models:
             head = without_head(self.load().to(self.device).eval())
             assert head is not None, "the teacher's logits are not the plain result of a linear head"
             hidden, scores = [], []
-            for ids in self.blocks.split(16):
+            for ids, labels in zip(self.blocks.split(16), self.labels.split(16), strict=True):
                 with torch.no_grad(), self.autocast():
                     found = head.body(input_ids=ids, use_cache=False).logits
                     logits = torch.nn.functional.linear(found, head.weight, head.bias)
                 hidden.append(found.to(torch.bfloat16 if self.ways.bf16 else torch.float32))
-                scores.append(losses.token_cross_entropy(logits[:, :-1], ids[:, 1:]))
+                scores.append(losses.token_cross_entropy(logits[:, :-1], labels[:, 1:]))
             self._rows = TeacherRows(torch.cat(hidden), torch.cat(scores), head.weight.clone(), head.bias)
         return self._rows
 
@@ -166,14 +180,14 @@ def no_checks() -> Iterator[None]:
         yield
 
 
-def _term(term: Any, student: Any, teacher: Any, ids: Tensor) -> Tensor:
+def _term(term: Any, student: Any, teacher: Any, labels: Tensor) -> Tensor:
     if term.kind == "gt":
-        return losses.ground_truth(student["logits"], ids)
+        return losses.ground_truth(student["logits"], labels)
     if term.kind == "logit":
-        return losses.logit_distillation(student["logits"], teacher["logits"], ids, term.temperature or 1.0)
+        return losses.logit_distillation(student["logits"], teacher["logits"], labels, term.temperature or 1.0)
     if term.kind == "tsld":
         return losses.token_scaled_logit_distillation(
-            student["logits"], teacher["logits"], ids, term.temperature or 10.0, term.reduction
+            student["logits"], teacher["logits"], labels, term.temperature or 10.0, term.reduction
         )
     measure = losses.hidden_state_distillation if term.kind == "hidden" else losses.attention_distillation
     tap = "hidden_states." if term.kind == "hidden" else "attention_scores."

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +31,21 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "triton", "onnxruntime", "humming-kernels")},
     }
+
+
+@contextlib.contextmanager
+def updating(file: Path) -> Iterator[dict[str, Any]]:
+    """What a results file holds (nothing yet: an empty dict), to be changed; written whole, one process at a time."""
+    from tsld_fx.runs import write_json
+
+    lock = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        yield record
+        write_json(file, record)
+    finally:
+        os.close(lock)
 
 
 def _version(name: str) -> str | None:

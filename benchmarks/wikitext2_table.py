@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -21,18 +20,17 @@ from typing import Any
 
 import torch
 from graphed_runs import Plan, Result, run_together
-from graphed_step import Models
-from machine import ROOT, describe
+from graphed_step import Models, Ways
+from machine import ROOT, describe, updating
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from tsld_fx import DistillConfig, QuantConfig, convert
+from tsld_fx import DistillConfig, PreparedModel, QuantConfig, convert
 from tsld_fx.comparison import compare, read_baselines, read_runs, seed_folders
 from tsld_fx.model_folders import load_float, load_tokenizer
-from tsld_fx.perplexity import perplexity
+from tsld_fx.perplexity import Perplexity, perplexity
 from tsld_fx.post_training_runs import calibration_blocks, quantise
-from tsld_fx.runs import write_json
 from tsld_fx.settings import RunSettings, read_yaml
 from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
 
@@ -46,7 +44,7 @@ class Bench:
         self.args, self.start = args, time.perf_counter()
         self.name = args.name or Path(args.model).name
         self.file = args.results / f"wikitext2_{self.name}.json"
-        self.record: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.record: dict[str, Any] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.config = read_yaml(args.config)
@@ -57,28 +55,39 @@ class Bench:
         self.tokenizer = tokenizer
         self.streams = {s: tokenize(read_documents(str(args.text / f), s), tokenizer) for s, f in SPLITS.items()}
         self.blocks = TokenBlocks(self.streams["train"], self.block)
+        self.ways = Ways(bf16=not args.tf32, compiled=args.compiled)
 
     def say(self, text: str) -> None:
         """One line with the time since the start."""
         print(f"[{time.perf_counter() - self.start:6.1f}] {text}", flush=True)
 
+    def models(self, folder: Path | str) -> Models:
+        """What trains a model of a folder on the training blocks."""
+        return Models(lambda: load_float(str(folder)), self.blocks.blocks.to(self.device), self.ways)
+
+    def quick(self, model: PreparedModel) -> Perplexity:
+        """Validation perplexity in the precision of training."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.ways.bf16):
+            return perplexity(model, self.streams["validation"], self.block, batch_size=64)
+
     def score(self, model: Any) -> dict[str, float]:
-        """Validation and test perplexity in windows of one block."""
+        """Validation and test perplexity in windows of one block, in float32 (TF32 on a GPU)."""
         found = {s: perplexity(model, self.streams[s], self.block, batch_size=32) for s in ("validation", "test")}
         return {split: result.perplexity for split, result in found.items()}
 
     def save(self, **parts: Any) -> None:
         """Merge into the results file; `rows` merges row by row and seed by seed."""
         machine = describe()
-        for row, seeds in parts.pop("rows", {}).items():
-            self.record.setdefault("rows", {}).setdefault(row, {}).update(seeds)
-        self.record |= {"model": self.name, **parts}
-        runs = self.record.setdefault("machines", [])
-        if machine not in runs:
-            runs.append(machine)
-        self.record["config"] = self.full
-        self.record["table"] = _table(self.record)
-        write_json(self.file, self.record)
+        with updating(self.file) as record:
+            for row, seeds in parts.pop("rows", {}).items():
+                record.setdefault("rows", {}).setdefault(row, {}).update(seeds)
+            record |= {"model": self.name, **parts}
+            runs = record.setdefault("machines", [])
+            if machine not in runs:
+                runs.append(machine)
+            record["config"] = self.full
+            record["table"] = _table(record)
+        self.record = record
 
 
 def _table(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +115,9 @@ def main() -> None:
     parser.add_argument("--teacher-rate", default=2e-4, type=float)
     parser.add_argument("--steps", type=int, help="QAT steps (default: the configuration's)")
     parser.add_argument("--only", help="comma-separated rows or folders (tsld, tsld-seed1, gptq-2bit); '' for none")
-    parser.add_argument("--together", default=2, type=int, help="runs at a time")
+    parser.add_argument("--together", default=4, type=int, help="runs at a time")
+    parser.add_argument("--tf32", action="store_true", help="matrix products of training in TF32 instead of bfloat16")
+    parser.add_argument("--compiled", action="store_true", help="steps through torch.compile")
     parser.add_argument("--seconds", default=1e9, type=float, help="start nothing that would end later than this")
     parser.add_argument("--pack", default="", help="comma-separated folders whose packed model is written to --out")
     parser.add_argument("--jobs", type=int, help="use `tsld-fx compare` with this many processes")
@@ -149,10 +160,7 @@ def teacher_folder(bench: Bench) -> Path:
         begun, epochs = time.perf_counter(), int(args.epochs)
         steps = epochs * (len(bench.blocks) // 4) if not args.steps or args.steps >= 100 else args.steps
         plan = Plan("teacher", QuantConfig(weight=None), DistillConfig("gt"), 0, steps, 4, args.teacher_rate, epochs)
-        models = Models(lambda: load_float(args.model), bench.device)
-        result = run_together(
-            [plan], models, bench.blocks.blocks.to(bench.device), bench.streams["validation"], bench.say
-        )[0]
+        result = run_together([plan], bench.models(args.model), bench.quick, bench.say)[0]
         model = _with_weights(load_float(args.model), result).half()
         model.save_pretrained(folder)
         bench.tokenizer.save_pretrained(folder)
@@ -182,15 +190,14 @@ def graphed(bench: Bench, teacher: Path) -> None:
     if bench.args.only is not None:  # in the order asked for
         wanted = bench.args.only.split(",")
         plans.sort(key=lambda p: min(wanted.index(n) for n in (p.name, places[p.name][0]) if n in wanted))
-    models = Models(lambda: load_float(str(teacher)), bench.device)
-    blocks, pace = bench.blocks.blocks.to(bench.device), 0.0
+    models, pace = bench.models(teacher), 0.0
     while plans:
         wave, begun = plans[: bench.args.together], time.perf_counter()
         left = bench.args.seconds - (begun - bench.start)
         if pace * wave[0].steps > left:
             bench.say(f"no time for {', '.join(p.name for p in plans)}")
             return
-        results = run_together(wave, models, blocks, bench.streams["validation"], bench.say, left)
+        results = run_together(wave, models, bench.quick, bench.say, left)
         for result in results:
             _keep(bench, models, result, *places[result.plan.name])
         plans = plans[len(results) :]
@@ -209,8 +216,7 @@ def _plan(folder: str, settings: RunSettings, seed: int) -> Plan:
 
 
 def _keep(bench: Bench, models: Models, result: Result, row: str, seed: int) -> None:
-    evaluator = models.evaluator(result.plan.quant)
-    _with_weights(evaluator, result)
+    evaluator = models.with_weights(result.plan.quant, result.weights)
     scores = bench.score(evaluator)
     bench.save(rows={row: {str(seed): scores | {"best_step": result.best_step, "curve": result.metrics}}})
     bench.say(f"{result.plan.name} {scores}")

@@ -1,7 +1,7 @@
 """The driver of the training tables: its fast ways against the plain losses."""
 
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.models import build
 from tsld_fx import DistillConfig, QuantConfig
+from tsld_fx.perplexity import perplexity
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from graphed_runs import Plan, run_together
@@ -24,13 +25,17 @@ def blocks(count: int = 12, tokens: int = 17) -> Tensor:
     return torch.randint(0, 97, (count, tokens), generator=torch.Generator().manual_seed(3))
 
 
+@cache
+def models_of(family: str, ways: Ways) -> Models:
+    return Models(partial(build, family, 0, **(QUIET if family == "gpt2" else {})), blocks(), ways)
+
+
 def loss_and_gradients(family: str, method: str, ways: Ways) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    changes = QUIET if family == "gpt2" else {}
-    models = Models(partial(build, family, 0, **changes), blocks(), ways)
+    models = models_of(family, ways)
     parameters = models.student(QuantConfig())
     samples = torch.tensor([7, 2, 9])
     with no_checks():
-        total, values = models.loss(QuantConfig(), DistillConfig(method))(parameters, blocks()[samples], samples)
+        total, values = models.loss(QuantConfig(), DistillConfig(method))(parameters, samples)
     total.backward()
     return total, values, {n: p.grad for n, p in parameters.items() if p.grad is not None}
 
@@ -47,12 +52,11 @@ def test_the_fast_ways_change_no_loss_and_no_gradient(family: str, method: str) 
 
 
 def test_runs_side_by_side_are_the_runs_alone() -> None:
-    quant, data, stream = QuantConfig(), blocks(), blocks().flatten()
-    plans = [Plan(f"{m}-{s}", quant, DistillConfig(m), s, 6, 2, 1e-3, 2) for m, s in (("tsld", 0), ("gt", 1))]
-    make = partial(build, "gpt2", 0, **QUIET)
-    together = run_together(plans, Models(make, data, FAST), data, stream, lambda text: None)
+    plans = [Plan(f"{m}-{s}", QuantConfig(), DistillConfig(m), s, 6, 2, 1e-3, 2) for m, s in (("tsld", 0), ("gt", 1))]
+    score = partial(perplexity, tokens=blocks().flatten(), length=17)
+    together = run_together(plans, models_of("gpt2", FAST), score, lambda text: None)
     for plan, found in zip(plans, together, strict=True):
-        alone = run_together([plan], Models(make, data, PLAIN), data, stream, lambda text: None)[0]
+        alone = run_together([plan], models_of("gpt2", PLAIN), score, lambda text: None)[0]
         assert found.best_step == alone.best_step
         assert found.validation == pytest.approx(alone.validation, rel=1e-4)
         losses = [[m["loss"] for m in r.metrics if "loss" in m] for r in (found, alone)]
