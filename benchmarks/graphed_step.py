@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig, losses, prepare
 from tsld_fx.fused_loss import objective_of
 from tsld_fx.headless import without_head
-from tsld_fx.passes.causal_attention import CausalAttention
+from tsld_fx.passes import CausalAttention
 from tsld_fx.passes.runner import run_passes
 from tsld_fx.prepared import graph_model
 

@@ -5,6 +5,7 @@
 | InlineHigherOrderOps | wrap_with_set_grad_enabled(body) -> the body's nodes |
 | DropMetadataAsserts | _assert_tensor_metadata(x) -> nothing |
 | SetDropout | dropout(x, p, True) -> dropout(x, p, False), and back |
+| CausalAttention | attention(q, k, v, mask of attention_mask) -> attention(q, k, v, is_causal), for whole blocks |
 | FoldTransposedLinear | addmm(b, x, W[in, out]) -> linear(x, W.t(), b) |
 | InsertFakeQuant | linear(x, W) -> linear(x, fake_quant(W)) |
 | InsertDistillationHooks | output(logits) -> output(logits, hidden states, attention scores) |
@@ -20,6 +21,7 @@
 | FuseProjections | lowbit_linear(x, Wq), lowbit_linear(x, Wk), ... -> split(lowbit_linear(x, [Wq; Wk; ...])) |
 """
 
+from tsld_fx.passes.causal_attention import CausalAttention
 from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
@@ -40,6 +42,7 @@ from tsld_fx.passes.select_last_token import SelectLastToken
 from tsld_fx.passes.set_dropout import SetDropout
 
 __all__ = [
+    "CausalAttention",
     "DropMetadataAsserts",
     "FoldTransposedLinear",
     "FreezeScales",

@@ -40,8 +40,9 @@ def loss_and_gradients(family: str, method: str, ways: Ways) -> tuple[Tensor, Te
     return total, values, {n: p.grad for n, p in parameters.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("method", ["gt", "logit", "logit_gt", "tsld", "l2l"])
+@pytest.mark.parametrize(
+    ("family", "method"), [("gpt2", "gt"), ("gpt2", "tsld"), ("gpt2", "l2l"), ("llama", "logit"), ("llama", "logit_gt")]
+)
 def test_the_fast_ways_change_no_loss_and_no_gradient(family: str, method: str) -> None:
     expected, theirs = loss_and_gradients(family, method, PLAIN), loss_and_gradients(family, method, FAST)
     torch.testing.assert_close(theirs[0], expected[0], rtol=1e-5, atol=1e-6)
