@@ -193,7 +193,7 @@ def run_together(
         if step == 100:
             pace = (time.perf_counter() - begun) / 100 / len(runs)
             left = seconds - (time.perf_counter() - start)
-            kept = max(1, min(len(runs), int(left / (pace * 1.05 * (plans[0].steps - 100)))))
+            kept = max(1, int(min(len(runs), left / (pace * 1.05 * max(plans[0].steps - 100, 1)))))
             say(f"{1 / pace:.0f} steps/s; {kept} of {len(runs)} runs go on")
             runs = runs[:kept]
         if evaluated:

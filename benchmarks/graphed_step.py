@@ -15,9 +15,12 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig, losses, prepare
+from tsld_fx.capture import attach
 from tsld_fx.fused_loss import objective_of
+from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import without_head
 from tsld_fx.passes import CausalAttention
+from tsld_fx.passes.fuse_head_loss import head_of
 from tsld_fx.passes.runner import run_passes
 from tsld_fx.prepared import graph_model
 
@@ -68,9 +71,10 @@ class Models:
         self.load, self.blocks, self.ways, self.device = load, blocks, ways, blocks.device
         self.labels = blocks if labels is None else labels
         self._prepared: dict[QuantConfig, tuple[PreparedModel, PreparedModel]] = {}
-        self._losses: dict[Any, Loss] = {}
+        self._bodies: dict[QuantConfig, tuple[Any, str]] = {}
+        self._plain_losses: dict[Any, Loss] = {}
         self._rows: TeacherRows | None = None
-        torch._dynamo.config.recompile_limit = 64  # one compilation for each kind of run
+        torch._dynamo.config.recompile_limit = 64  # one compilation for each quantisation
 
     def student(self, quant: QuantConfig) -> dict[str, nn.Parameter]:
         """Fresh parameters by name, and the frozen ones."""
@@ -109,29 +113,53 @@ class Models:
 
     def loss(self, quant: QuantConfig, distill: DistillConfig) -> Loss:
         """The loss and its terms as a function of the parameters (by name) and numbers of blocks [B]."""
-        key = (quant, distill)
-        if key not in self._losses:
-            objective = objective_of(distill.terms()) if self.ways.fused else None
-            made = self._plain(quant, distill) if objective is None else self._fused(quant, objective)
-            self._losses[key] = torch.compile(made, dynamic=False) if self.ways.compiled else made
-        return self._losses[key]
+        objective = objective_of(distill.terms()) if self.ways.fused else None
+        if objective is not None:
+            return self._fused(quant, objective)
+        if (quant, distill) not in self._plain_losses:
+            self._plain_losses[quant, distill] = self._compiled(self._plain(quant, distill))
+        return self._plain_losses[quant, distill]
 
-    def _fused(self, quant: QuantConfig, objective: Any) -> Loss:
-        model = self._pair(quant)[0]
-        graph = model._graph(False, objective)
+    def _compiled(self, function: Any) -> Any:
+        return torch.compile(function, dynamic=False) if self.ways.compiled else function
+
+    def _body(self, quant: QuantConfig) -> tuple[Any, str]:
+        """The model up to its head as a function of the parameters and token numbers, and the head's weight's name."""
+        if quant not in self._bodies:
+            model = self._pair(quant)[0]
+            body = attach(copy.deepcopy(model.graph_module.graph), model, model.graph_module)
+            output = next(n for n in body.graph.nodes if n.op == "output")
+            head = head_of(output)
+            assert head is not None and head.args[1].op == "get_attr" and len(head.args) == 2, "not a plain head"
+            output.args = (head.args[0],)
+            name = str(head.args[1].target)
+            body.graph.eliminate_dead_code()
+            body.recompile()
+
+            def run(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
+                return functional_call(body, parameters, (ids, torch.ones_like(ids)))
+
+            self._bodies[quant] = self._compiled(run), name
+        return self._bodies[quant]
+
+    def _fused(self, quant: QuantConfig, objective: Objective) -> Loss:
+        body, head = self._body(quant)
         rows = self.rows() if objective.needs_teacher else None
         tsld = any(kind.startswith("tsld") for kind in objective.kinds)
+        lists = list(objective.kinds), list(objective.weights), list(objective.temperatures)
 
         def loss(parameters: dict[str, Tensor], samples: Tensor) -> tuple[Tensor, Tensor]:
-            ids = self.blocks.index_select(0, samples)
-            given: dict[str, Any] = {"labels": self.labels.index_select(0, samples)}
+            teacher: list[Any] = [None, None, None]
+            scores = None
             if rows is not None:
-                given |= {"teacher_weight": rows.weight, "teacher_bias": rows.bias}
-                given["teacher_hidden"] = rows.hidden.index_select(0, samples)
-                if tsld:
-                    given["token_scores"] = rows.scores.index_select(0, samples)
-            values = functional_call(graph, parameters, (ids, torch.ones_like(ids)), given)
-            return values["loss"], values["loss_terms"]
+                teacher = [rows.hidden.index_select(0, samples), rows.weight, rows.bias]
+                scores = rows.scores.index_select(0, samples) if tsld else None
+            hidden = body(parameters, self.blocks.index_select(0, samples))
+            labels = self.labels.index_select(0, samples)
+            total, terms, _ = torch.ops.tsld.head_loss(
+                hidden, parameters[head], None, *teacher, labels, None, scores, *lists
+            )
+            return total, terms
 
         return loss
 

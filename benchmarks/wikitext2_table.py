@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig, convert
+from tsld_fx.analysis import analyze, read_curves
 from tsld_fx.comparison import compare, read_baselines, read_runs, seed_folders
 from tsld_fx.model_folders import load_float, load_tokenizer
 from tsld_fx.perplexity import Perplexity, perplexity
@@ -76,11 +78,12 @@ class Bench:
         return {split: result.perplexity for split, result in found.items()}
 
     def save(self, **parts: Any) -> None:
-        """Merge into the results file; `rows` merges row by row and seed by seed."""
+        """Merge into the results file; `rows` merges row by row and seed by seed, `analysis` run by run."""
         machine = describe()
         with updating(self.file) as record:
             for row, seeds in parts.pop("rows", {}).items():
                 record.setdefault("rows", {}).setdefault(row, {}).update(seeds)
+            record.setdefault("analysis", {}).update(parts.pop("analysis", {}))
             record |= {"model": self.name, **parts}
             runs = record.setdefault("machines", [])
             if machine not in runs:
@@ -120,6 +123,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="steps through torch.compile")
     parser.add_argument("--seconds", default=1e9, type=float, help="start nothing that would end later than this")
     parser.add_argument("--pack", default="", help="comma-separated folders whose packed model is written to --out")
+    parser.add_argument("--analyse", default="", help="comma-separated folders whose student is analysed")
     parser.add_argument("--jobs", type=int, help="use `tsld-fx compare` with this many processes")
     parser.add_argument("--results", default=ROOT / "benchmarks/results", type=Path)
     args = parser.parse_args()
@@ -183,6 +187,8 @@ def _with_weights(model: PreTrainedModel, result: Result) -> PreTrainedModel:
 
 def graphed(bench: Bench, teacher: Path) -> None:
     """Every run, several at a time."""
+    if not bench.config["runs"]:
+        return
     settings, places = read_runs(bench.config), {}
     for row, by_seed in seed_folders(bench.config).items():
         places |= {folder: (row, 0 if seed is None else seed) for seed, folder in by_seed.items()}
@@ -220,12 +226,27 @@ def _keep(bench: Bench, models: Models, result: Result, row: str, seed: int) -> 
     scores = bench.score(evaluator)
     bench.save(rows={row: {str(seed): scores | {"best_step": result.best_step, "curve": result.metrics}}})
     bench.say(f"{result.plan.name} {scores}")
+    if result.plan.name in bench.args.analyse.split(","):
+        bench.save(analysis={result.plan.name: _analysed(bench, evaluator, result)})
     if result.plan.name in bench.args.pack.split(","):
         lowered, folder = convert(evaluator, "reference"), bench.args.out / "packed" / result.plan.name
         for parameter in lowered.parameters():  # what is not packed: embeddings, norms, biases
             parameter.data = parameter.data.half()
         lowered.save_pretrained(folder)
         bench.tokenizer.save_pretrained(folder)
+
+
+def _analysed(bench: Bench, student: PreparedModel, result: Result) -> dict[str, Any]:
+    """Why this student errs: the summary of `tsld-fx analyze` on eight windows of the validation text."""
+    folder = bench.args.out / "curves" / result.plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in result.metrics))
+    teacher = load_float(bench.config["shared"]["model"]).to(bench.device).eval()
+    found = analyze(
+        teacher, copy.deepcopy(student), bench.streams["validation"], length=bench.block, windows=8,
+        curves=[read_curves(folder)],
+    )  # fmt: skip
+    return found.summary()
 
 
 def baselines(bench: Bench, teacher: Path) -> None:
