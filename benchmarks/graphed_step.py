@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+from stacked_runs import stack
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -17,14 +18,15 @@ from transformers import PreTrainedModel
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig, losses, prepare
 from tsld_fx.capture import attach
 from tsld_fx.fused_loss import objective_of
-from tsld_fx.fused_loss_chunks import Objective
+from tsld_fx.fused_loss_chunks import has_tsld
 from tsld_fx.headless import without_head
 from tsld_fx.passes import CausalAttention
 from tsld_fx.passes.fuse_head_loss import head_of
 from tsld_fx.passes.runner import run_passes
 from tsld_fx.prepared import graph_model
 
-Loss = Callable[[dict[str, Tensor], Tensor], tuple[Tensor, Tensor]]  # of parameters and numbers of blocks
+# of stacked parameters [R, ...] and numbers of blocks [R, B]: the total and the terms of each run
+Loss = Callable[[dict[str, Tensor], Tensor], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Ways:
         causal: attention without a mask tensor.
         fused: head and losses as one operator.
         cached: the teacher runs once over the training blocks, not at every step.
+        stacked: runs of one quantisation share a graph, their matrix products batched.
         compiled: the elementwise parts of forward and backward pass fused by torch.compile.
     """
 
@@ -43,6 +46,7 @@ class Ways:
     causal: bool = True
     fused: bool = True
     cached: bool = True
+    stacked: bool = True
     compiled: bool = False
 
 
@@ -71,15 +75,15 @@ class Models:
         self.load, self.blocks, self.ways, self.device = load, blocks, ways, blocks.device
         self.labels = blocks if labels is None else labels
         self._prepared: dict[QuantConfig, tuple[PreparedModel, PreparedModel]] = {}
-        self._bodies: dict[QuantConfig, tuple[Any, str]] = {}
+        self._bodies: dict[Any, tuple[Any, str]] = {}
         self._plain_losses: dict[Any, Loss] = {}
         self._rows: TeacherRows | None = None
         torch._dynamo.config.recompile_limit = 64  # one compilation for each quantisation
 
-    def student(self, quant: QuantConfig) -> dict[str, nn.Parameter]:
-        """Fresh parameters by name, and the frozen ones."""
-        model = self._pair(quant)[0]
-        return {name: nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    def students(self, quant: QuantConfig, runs: int) -> dict[str, nn.Parameter]:
+        """Fresh parameters by name (also the frozen ones), each [runs, ...]."""
+        named = self._pair(quant)[0].named_parameters()
+        return {n: nn.Parameter(p.detach().repeat(runs, *(1,) * p.ndim), p.requires_grad) for n, p in named}
 
     def learned(self, quant: QuantConfig) -> set[str]:
         """Names of the learned scales."""
@@ -111,21 +115,29 @@ class Models:
             run_passes(model.graph_module, [CausalAttention(self.blocks.shape[1])])
         return model
 
-    def loss(self, quant: QuantConfig, distill: DistillConfig) -> Loss:
-        """The loss and its terms as a function of the parameters (by name) and numbers of blocks [B]."""
-        objective = objective_of(distill.terms()) if self.ways.fused else None
-        if objective is not None:
-            return self._fused(quant, objective)
-        if (quant, distill) not in self._plain_losses:
-            self._plain_losses[quant, distill] = self._compiled(self._plain(quant, distill))
-        return self._plain_losses[quant, distill]
+    def stacks(self, distill: DistillConfig) -> bool:
+        """Whether runs of this objective can share a graph."""
+        return self.ways.stacked and self._fuses(distill)
+
+    def _fuses(self, distill: DistillConfig) -> bool:
+        return self.ways.fused and objective_of(distill.terms()) is not None
+
+    def loss(self, quant: QuantConfig, distill: Sequence[DistillConfig], batch: int) -> Loss:
+        """The loss of runs that share a graph: one, or several that stack, B blocks each."""
+        if self._fuses(distill[0]):
+            return self._fused(quant, [objective_of(one.terms()) for one in distill], batch)
+        if (quant, distill[0]) not in self._plain_losses:
+            self._plain_losses[quant, distill[0]] = self._compiled(self._plain(quant, distill[0]))
+        plain = self._plain_losses[quant, distill[0]]
+        return lambda parameters, samples: [plain({n: p[0] for n, p in parameters.items()}, samples[0])]
 
     def _compiled(self, function: Any) -> Any:
         return torch.compile(function, dynamic=False) if self.ways.compiled else function
 
-    def _body(self, quant: QuantConfig) -> tuple[Any, str]:
-        """The model up to its head as a function of the parameters and token numbers, and the head's weight's name."""
-        if quant not in self._bodies:
+    def _body(self, quant: QuantConfig, runs: int, batch: int) -> tuple[Any, str]:
+        """Models up to their heads as a function of stacked parameters and token numbers [R, B, T] that gives
+        [R, B, T, H], and the name of the head's weight."""
+        if (quant, runs, batch) not in self._bodies:
             model = self._pair(quant)[0]
             body = attach(copy.deepcopy(model.graph_module.graph), model, model.graph_module)
             output = next(n for n in body.graph.nodes if n.op == "output")
@@ -135,35 +147,44 @@ class Models:
             name = str(head.args[1].target)
             body.graph.eliminate_dead_code()
             body.recompile()
+            several = stack(body, batch) if runs > 1 else None
 
             def run(parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
-                return functional_call(body, parameters, (ids, torch.ones_like(ids)))
+                flat = ids.flatten(0, 1)
+                if several is not None:
+                    hidden = functional_call(several, parameters, (flat, torch.ones_like(flat)))
+                else:
+                    alone = {n: p[0] for n, p in parameters.items()}
+                    hidden = functional_call(body, alone, (flat, torch.ones_like(flat)))
+                return hidden.view(*ids.shape, -1)
 
-            self._bodies[quant] = self._compiled(run), name
-        return self._bodies[quant]
+            self._bodies[quant, runs, batch] = self._compiled(run), name
+        return self._bodies[quant, runs, batch]
 
-    def _fused(self, quant: QuantConfig, objective: Objective) -> Loss:
-        body, head = self._body(quant)
-        rows = self.rows() if objective.needs_teacher else None
-        tsld = any(kind.startswith("tsld") for kind in objective.kinds)
-        lists = list(objective.kinds), list(objective.weights), list(objective.temperatures)
+    def _fused(self, quant: QuantConfig, objectives: Sequence[Any], batch: int) -> Loss:
+        body, head = self._body(quant, len(objectives), batch)
+        rows = self.rows() if any(o.needs_teacher for o in objectives) else None
 
-        def loss(parameters: dict[str, Tensor], samples: Tensor) -> tuple[Tensor, Tensor]:
-            teacher: list[Any] = [None, None, None]
-            scores = None
-            if rows is not None:
-                teacher = [rows.hidden.index_select(0, samples), rows.weight, rows.bias]
-                scores = rows.scores.index_select(0, samples) if tsld else None
-            hidden = body(parameters, self.blocks.index_select(0, samples))
-            labels = self.labels.index_select(0, samples)
-            total, terms, _ = torch.ops.tsld.head_loss(
-                hidden, parameters[head], None, *teacher, labels, None, scores, *lists
-            )
-            return total, terms
+        def loss(parameters: dict[str, Tensor], samples: Tensor) -> list[tuple[Tensor, Tensor]]:
+            hidden = body(parameters, self.blocks[samples])
+            found = []
+            for run, o in enumerate(objectives):
+                here = samples[run]
+                teacher: list[Any] = [None, None, None]
+                scores = None
+                if rows is not None and o.needs_teacher:
+                    teacher = [rows.hidden.index_select(0, here), rows.weight, rows.bias]
+                    scores = rows.scores.index_select(0, here) if has_tsld(o.kinds) else None
+                total, terms, _ = torch.ops.tsld.head_loss(
+                    hidden[run], parameters[head][run], None, *teacher, self.labels.index_select(0, here), None, scores,
+                    list(o.kinds), list(o.weights), list(o.temperatures),
+                )  # fmt: skip
+                found.append((total, terms))
+            return found
 
         return loss
 
-    def _plain(self, quant: QuantConfig, distill: DistillConfig) -> Loss:
+    def _plain(self, quant: QuantConfig, distill: DistillConfig) -> Any:
         model = copy.deepcopy(self._pair(quant)[0])
         model.set_taps(distill.taps)
         graph, teacher = model.graph_module, None
