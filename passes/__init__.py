@@ -9,6 +9,7 @@
 | InsertFakeQuant | linear(x, W) -> linear(x, fake_quant(W)) |
 | InsertDistillationHooks | output(logits) -> output(logits, hidden states, attention scores) |
 | FuseHeadLoss | output(linear(h, W)) -> output(head_loss(h, W, teacher, labels)) |
+| SplitOffHead | output(linear(h, W)) -> output(h, W) |
 | RetargetDevice | arange(device=cpu) -> arange(device=cuda:0) |
 | FreezeScales | fake_quant(W, learned scale) -> fake_quant(W, constant scale) |
 | PackWeights | fake_quant(W, scale) -> dequantize_weight(packed, scale) |
@@ -38,6 +39,7 @@ from tsld_fx.passes.retarget_device import RetargetDevice
 from tsld_fx.passes.runner import PassTrace, run_passes
 from tsld_fx.passes.select_last_token import SelectLastToken
 from tsld_fx.passes.set_dropout import SetDropout
+from tsld_fx.passes.split_off_head import SplitOffHead
 
 __all__ = [
     "DropMetadataAsserts",
@@ -57,6 +59,7 @@ __all__ = [
     "RetargetDevice",
     "SelectLastToken",
     "SetDropout",
+    "SplitOffHead",
     "capture_pipeline",
     "convert_pipeline",
     "decode_pipeline",

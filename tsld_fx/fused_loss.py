@@ -82,34 +82,38 @@ def _forward_only(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, terms, scores
 
 
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        wanted = list(ctx.needs_input_grad[:3])
-        results = torch.ops.tsld.head_loss_gradient(*args, wanted)
-        ctx.gradients = [g if want else None for g, want in zip(results[3:], wanted, strict=True)]
-        ctx.rest = len(args) - 3
-        ctx.mark_non_differentiable(*results[1:3])
-        ctx.set_materialize_grads(False)
-        return results[:3]
+class _Known(torch.autograd.Function):
+    """A value whose gradients with respect to some tensors are known already; the backward pass scales them."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place below: they serve once, and free their memory
         if gradients is None:
             raise TrainingError("tsld::head_loss: its gradient was used already. Do not use retain_graph with it.")
-        if grad is None:
-            return (None,) * (3 + ctx.rest)
-        scaled = tuple(None if g is None else g.mul_(grad) for g in gradients)
-        return (*scaled, *(None,) * ctx.rest)
+        return (None, None, *(g.mul_(grad) for g in gradients))
 
 
 @torch.library.impl("tsld::head_loss", "Autograd")
 def _head_loss_autograd(*args: Any) -> Any:
+    """Hidden states and head hang on two branches, because zero-bubble schedules run back to each apart."""
     args = (*args, *_DEFAULTS[len(args) - 12 :])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
-        return _HeadLoss.apply(*args)
-    return _forward_only(*args)
+    wanted = [t is not None and t.requires_grad for t in args[:3]]
+    if not torch.is_grad_enabled() or not any(wanted):
+        return _forward_only(*args)
+    with torch.no_grad():
+        loss, terms, scores, *gradients = torch.ops.tsld.head_loss_gradient(*args, wanted)
+    values = [loss, torch.zeros_like(loss)]
+    branches = [
+        _Known.apply(values.pop(0), [gradients[i] for i in places], *(args[i] for i in places))
+        for group in ((0,), (1, 2))
+        if (places := [i for i in group if wanted[i]])
+    ]
+    return sum(branches[1:], branches[0]), terms, scores
 
 
 torch.library.impl("tsld::head_loss", "CompositeExplicitAutograd", _forward_only)
@@ -155,7 +159,6 @@ def _(
     )
 
 
-@torch.library.impl("tsld::head_loss_gradient", "CompositeExplicitAutograd")
 def _head_loss_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     teacher_bias: Tensor | None, labels: Tensor, segment_ids: Tensor | None, token_scores: Tensor | None,
@@ -174,3 +177,6 @@ def _head_loss_gradient(
         student = Head(hidden, weight, bias, dtype)
         run = HeadLossRun(student, teacher, labels, segment_ids, objective)
         return run(token_scores, chunk, [*wanted, False, False, False][:3])
+
+
+torch.library.impl("tsld::head_loss_gradient", "CompositeExplicitAutograd", _head_loss_gradient)

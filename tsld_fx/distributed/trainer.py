@@ -112,6 +112,11 @@ class DistributedTrainer:
             raise ConfigError(f"DistributedTrainer: model is a {type(model).__name__}; it must come from prepare().")
         if self.parallel.mode == "ddp":
             raise ConfigError("DistributedTrainer: mode 'ddp' is served by TSLDTrainer, one process per device.")
+        if self.distill.teacher_cache:
+            raise ConfigError(
+                f"distill.teacher_cache={self.distill.teacher_cache!r} is not supported with --parallel fsdp and "
+                "pipeline: no process sees all samples. Leave it out, or use --parallel ddp."
+            )
         if self.distill.needs_teacher or teacher is not None:
             check_teacher(teacher, model)
         self._batches(self._micro_batches)
