@@ -48,6 +48,10 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
             raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
         activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
     arguments = [activation, spec.bits, spec.group, *shape, config.stages]
+    if spec.norm or spec.gated:
+        if entry != "Stream":
+            raise BackendError(f"{config.name} computes the product alone. Choose a stream configuration for {spec}.")
+        arguments += [str(spec.norm).lower(), str(spec.gated).lower()]
     return {
         "name": kernel_name(spec, config),
         "comment": f"{config.block_rows} rows x {config.block_tokens} tokens per block",

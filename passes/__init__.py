@@ -18,6 +18,8 @@
 | FuseGatedActivation | silu(gate) * up -> silu_mul(gate, up) |
 | InsertKVCache | scaled_dot_product_attention(rotary(q), rotary(k), v, mask) -> cached_attention(q, k, v, cache) |
 | SelectLastToken | head(hidden) -> head(hidden[:, last]) |
+| FuseGatedProjection | silu_mul(lowbit_linear(x, Wg), lowbit_linear(x, Wu)) -> gated_linear(x, [Wg and Wu in turn]) |
+| FuseNormLinear | lowbit_linear(rms_norm(x, w), W) -> norm_linear(x, w, W) |
 | FuseProjections | lowbit_linear(x, Wq), lowbit_linear(x, Wk), ... -> split(lowbit_linear(x, [Wq; Wk; ...])) |
 """
 
@@ -25,7 +27,9 @@ from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
 from tsld_fx.passes.fuse_gated_activation import FuseGatedActivation
+from tsld_fx.passes.fuse_gated_projection import FuseGatedProjection
 from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
+from tsld_fx.passes.fuse_norm_linear import FuseNormLinear
 from tsld_fx.passes.fuse_projections import FuseProjections
 from tsld_fx.passes.fuse_rms_norm import FuseRMSNorm
 from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
@@ -46,7 +50,9 @@ __all__ = [
     "FoldTransposedLinear",
     "FreezeScales",
     "FuseGatedActivation",
+    "FuseGatedProjection",
     "FuseHeadLoss",
+    "FuseNormLinear",
     "FuseProjections",
     "FuseRMSNorm",
     "InlineHigherOrderOps",

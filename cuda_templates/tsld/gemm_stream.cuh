@@ -12,12 +12,16 @@
 
 #include "tsld/epilogue.cuh"
 #include "tsld/multiply.cuh"
+#include "tsld/stream_fusion.cuh"
 
 namespace tsld {
 
-template <class Type_, int kBits_, int kGroup_, int kTokens_, int kWarps_, int kRowTiles_, int kStages_>
+// kNorm, kGated: x is normalised, or the outputs are gated, on the way (stream_fusion.cuh); without a split only.
+template <class Type_, int kBits_, int kGroup_, int kTokens_, int kWarps_, int kRowTiles_, int kStages_,
+          bool kNorm_ = false, bool kGated_ = false>
 struct StreamConfig {
   using Type = Type_;
+  static constexpr bool kNorm = kNorm_, kGated = kGated_;
   static constexpr int kBits = kBits_, kGroup = kGroup_, kTokens = kTokens_, kWarps = kWarps_;
   static constexpr int kRowTiles = kRowTiles_, kStages = kStages_;
   static constexpr int kTokenTiles = ceil_div(kTokens, 8);
@@ -71,8 +75,15 @@ class StreamGemm {
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
     if constexpr (C::kGroup == 0 && C::kBits > 2) stage_row_zeros();
-    wait_for_previous_kernel();
-    stage_x();
+    if constexpr (C::kNorm) {
+      NormStaging<C> norm(p_, token0_);
+      norm.fetch_weight();
+      wait_for_previous_kernel();
+      norm.stage(x_memory(), x_stride_, slots());
+    } else {
+      wait_for_previous_kernel();
+      stage_x();
+    }
     cp_async_wait<0>();
     __syncthreads();
 
@@ -214,28 +225,41 @@ class StreamGemm {
         }
   }
 
+  // Sums of rows r .. r+3 of a row group, over the warps that hold pieces of it.
+  __device__ __forceinline__ void add_pieces(float (&sum)[4], int token, int group, int r) const {
+    const int first = warp_of(group * chunks_), last = warp_of(group * chunks_ + chunks_ - 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = 0.f;
+    for (int warp = first; warp <= last; ++warp) {
+      if (warp_start(warp) == warp_start(warp + 1)) continue;  // fewer units than warps: some have no share
+      const float* from = slots() + (group + warp) * C::kSlotFloats + token * C::kSlotStride + r;
+      const float4 piece = *reinterpret_cast<const float4*>(from);
+      sum[0] += piece.x, sum[1] += piece.y, sum[2] += piece.z, sum[3] += piece.w;
+    }
+  }
+
   __device__ __forceinline__ void add_pieces_and_store() const {
-    constexpr int kRowQuads = C::kGroupRows / 4;
+    constexpr int kRowQuads = C::kGroupRows / 4 / (C::kGated ? 2 : 1);
     const int tokens = min(C::kTokens, p_.m - token0_), quads = groups_ * kRowQuads;
     const bool split = gridDim.z > 1;
     for (int q = threadIdx.x; q < quads * tokens; q += C::kThreads) {
-      const int token = q / quads, group = q % quads / kRowQuads, r = q % kRowQuads * 4;
+      const int token = q / quads, group = q % quads / kRowQuads, quad = q % kRowQuads;
+      const int r = C::kGated ? quad / 2 * kTileRows + quad % 2 * 4 : quad * 4;
       const int row = (first_group_ + group) * C::kGroupRows + r;
       if (row >= p_.row_tiles * kTileRows) continue;
-      const int first = warp_of(group * chunks_), last = warp_of(group * chunks_ + chunks_ - 1);
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
-      for (int warp = first; warp <= last; ++warp) {
-        if (warp_start(warp) == warp_start(warp + 1)) continue;  // fewer units than warps: some have no share
-        const float* from = slots() + (group + warp) * C::kSlotFloats + token * C::kSlotStride + r;
-        const float4 piece = *reinterpret_cast<const float4*>(from);
-        sum[0] += piece.x, sum[1] += piece.y, sum[2] += piece.z, sum[3] += piece.w;
-      }
-      if (split)
+      float sum[4];
+      add_pieces(sum, token, group, r);
+      if constexpr (C::kGated) {
+        float up[4];
+        add_pieces(up, token, group, r + 8);
+        store_gated<T>(p_, token0_ + token, row, sum, up);
+      } else if (split) {
         store_float4_l2(partial_sum(p_, blockIdx.z, token0_ + token, row), sum);
-      else
+      } else {
         store_outputs<T>(p_, token0_ + token, row, sum);
+      }
     }
-    if (!split || !last_block_of_tile<C>(p_, *reinterpret_cast<int*>(memory_))) return;
+    if (C::kGated || !split || !last_block_of_tile<C>(p_, *reinterpret_cast<int*>(memory_))) return;
     for (int q = threadIdx.x; q < quads * tokens; q += C::kThreads) {
       const int row = first_group_ * C::kGroupRows + q % quads * 4;
       if (row < p_.row_tiles * kTileRows) add_splits_and_store<T>(p_, token0_ + q / quads, row);
