@@ -19,11 +19,14 @@ from torch import Tensor
 from tsld_fx.distill import LossTerm
 from tsld_fx.errors import TrainingError
 from tsld_fx.fused_loss_chunks import Head, HeadLossRun, Objective, has_tsld
+from tsld_fx.fused_loss_rows import TopRows
+from tsld_fx.top_logits import TopLogits
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor labels, Tensor? segment_ids, Tensor? token_scores, str[] kinds, float[] weights, "
-    "float[] temperatures, int chunk=0, ScalarType? dtype=None"
+    "float[] temperatures, int chunk=0, ScalarType? dtype=None, Tensor? top_indices=None, "
+    "Tensor? top_log_probs=None, Tensor? top_rest=None"
 )
 torch.library.define("tsld::head_loss", f"({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
@@ -43,6 +46,7 @@ class HeadLoss:
         teacher_weight, teacher_bias: the teacher's head, [V, H'] and [V].
         segment_ids: [B, T] for one softmax over tokens per document.
         token_scores: [B, T - 1] the teacher's cross-entropy of each token, when it is known already.
+        top: the top of the teacher's distribution instead of hidden states and head; its scores are used too.
     """
 
     objective: Objective
@@ -52,11 +56,17 @@ class HeadLoss:
     teacher_bias: Tensor | None = None
     segment_ids: Tensor | None = None
     token_scores: Tensor | None = None
+    top: TopLogits | None = None
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The operator's inputs by name."""
         names = ("labels", "teacher_hidden", "teacher_weight", "teacher_bias", "segment_ids", "token_scores")
-        return {name: getattr(self, name) for name in names}
+        found: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
+        if self.top is None:
+            return found
+        top = {f"top_{name}": getattr(self.top, name) for name in ("indices", "log_probs", "rest")}
+        scaled = has_tsld(self.objective.kinds)
+        return found | top | ({"token_scores": self.top.scores} if scaled else {})
 
 
 GROUND_TRUTH = Objective(("gt",), (1.0,), (1.0,))
@@ -74,7 +84,7 @@ def objective_of(terms: Sequence[LossTerm]) -> Objective | None:
 
 
 # ---------------------------------------------------------------- the operator that users and graphs call
-_DEFAULTS = (0, None)  # of chunk and dtype: the dispatcher leaves trailing defaults out
+_DEFAULTS = (0, None, None, None, None)  # from chunk on: the dispatcher leaves trailing defaults out
 
 
 def _forward_only(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +137,7 @@ def _register_autocast(device: str) -> None:
         chunk = args[12] if len(args) > 12 else 0
         dtype = None if args[0].dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return torch.ops.tsld.head_loss(*args[:12], chunk, dtype)
+            return torch.ops.tsld.head_loss(*args[:12], chunk, dtype, *args[14:])
 
     torch.library.impl("tsld::head_loss", f"Autocast{device.upper()}", in_low_precision)
 
@@ -145,7 +155,8 @@ def _(*args: Any) -> Any:
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, teacher_hidden: Any, teacher_weight: Any, teacher_bias: Any,
     labels: Tensor, segment_ids: Any, token_scores: Any, kinds: list[str], weights: list[float],
-    temperatures: list[float], chunk: int = 0, dtype: Any = None, wanted: Sequence[bool] = (),
+    temperatures: list[float], chunk: int = 0, dtype: Any = None, top_indices: Any = None, top_log_probs: Any = None,
+    top_rest: Any = None, wanted: Sequence[bool] = (),
 ) -> Any:  # fmt: skip
     precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     want = [*wanted, False, False, False][:3]
@@ -163,12 +174,16 @@ def _head_loss_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     teacher_bias: Tensor | None, labels: Tensor, segment_ids: Tensor | None, token_scores: Tensor | None,
     kinds: list[str], weights: list[float], temperatures: list[float], chunk: int = 0, dtype: Any = None,
+    top_indices: Tensor | None = None, top_log_probs: Tensor | None = None, top_rest: Tensor | None = None,
     wanted: Sequence[bool] = (),
 ) -> tuple[Tensor, ...]:  # fmt: skip
     objective = Objective(tuple(kinds), tuple(weights), tuple(temperatures))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        teacher = None
-        if objective.needs_teacher:
+        teacher: Head | TopRows | None = None
+        if objective.needs_teacher and top_indices is not None and top_log_probs is not None and top_rest is not None:
+            _check_top(objective, token_scores)
+            teacher = TopRows(top_indices.flatten(0, 1), top_log_probs.flatten(0, 1), top_rest.flatten())
+        elif objective.needs_teacher:
             if teacher_hidden is None or teacher_weight is None:
                 raise TrainingError(
                     f"tsld::head_loss: the objective {objective.key!r} needs the teacher's hidden states and head."
@@ -177,6 +192,17 @@ def _head_loss_gradient(
         student = Head(hidden, weight, bias, dtype)
         run = HeadLossRun(student, teacher, labels, segment_ids, objective)
         return run(token_scores, chunk, [*wanted, False, False, False][:3])
+
+
+def _check_top(objective: Objective, scores: Tensor | None) -> None:
+    if has_tsld(objective.kinds) and scores is None:
+        raise TrainingError(
+            "tsld::head_loss: the top of a teacher's distribution comes with its token scores for TSLD."
+        )
+    if any(kind == "logit" and t != 1.0 for kind, t in zip(objective.kinds, objective.temperatures, strict=True)):
+        raise TrainingError(
+            "tsld::head_loss: the top of a teacher's distribution cannot be softened. Use temperature 1."
+        )
 
 
 torch.library.impl("tsld::head_loss_gradient", "CompositeExplicitAutograd", _head_loss_gradient)

@@ -86,9 +86,7 @@ class _State:
     graphs: dict[Key, fx.GraphModule] = field(default_factory=dict)
     layered: bool = False  # run by layers, not as the flat graph
     recompute: bool = False  # layers are computed again in the backward pass
-    views: dict[bool, LayeredView] = field(
-        default_factory=dict
-    )  # by layers, without and with positions
+    views: dict[bool, LayeredView] = field(default_factory=dict)  # by layers, without and with positions
 
     def graph_modules(self) -> list[fx.GraphModule]:
         return [*self.graphs.values(), *(part for view in self.views.values() for part in view.graph_modules())]

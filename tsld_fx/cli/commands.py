@@ -91,7 +91,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Sequences per device and step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     teacher_cache: Annotated[
-        str | None, typer.Option(help="Keep on disk for later epochs: token_scores | hidden_states.")
+        str | None, typer.Option(help="Keep on disk for later epochs: token_scores | hidden_states | top_logits.")
     ] = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay each step as one CUDA graph.")] = False,
     parallel: Annotated[str | None, typer.Option(help="Under torchrun: ddp | fsdp | pipeline.")] = None,
