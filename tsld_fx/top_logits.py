@@ -82,7 +82,8 @@ def loss_rows_of_top(student: Tensor, top: TopRows, targets: Tensor, weights: Ro
     soft = torch.empty_like(hard)
     for start in range(0, student.shape[0], _SLICE):
         here = slice(start, start + _SLICE)
-        part = RowWeights(*(None if w is None else w[here] for w in (weights.hard, weights.soft)))
+        push, pull = (None if w is None else w[here] for w in (weights.hard, weights.soft))
+        part = RowWeights(push, pull)
         hard[here], soft[here] = _rows(student[here], top.part(here), targets[here], part, gradient)
     return RowLosses(hard, soft)
 

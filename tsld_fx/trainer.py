@@ -232,7 +232,8 @@ class TSLDTrainer(LeanTrainer):
     def _top_logits(self, feed: dict[str, Tensor], labels: Tensor, inputs: Any) -> TopLogits:
         """The most likely tokens of the teacher, from the cache or from a run of it."""
         if TOP[0] in inputs:
-            return TopLogits(*(inputs[name] for name in TOP), inputs["token_scores"])
+            indices, log_probs, rest = (inputs[name] for name in TOP)
+            return TopLogits(indices, log_probs, rest, inputs["token_scores"])
         assert self._head is not None
         with torch.no_grad():
             hidden = self._head.body(**feed, use_cache=False).logits
