@@ -66,7 +66,7 @@ def step(engine: Engine) -> tuple[int, list[float], list[float]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # untied head, tied head
-@pytest.mark.parametrize("mode", ["fsdp", "1f1b", "zero_bubble"])
+@pytest.mark.parametrize("mode", ["fsdp", "1f1b", "zbv"])
 def test_logits_never_exist(mode: str, family: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_loss_chunks, "MOST_TOKENS", CHUNK)
     most, found, sums = step(engine_of(mode, family, DistillConfig(), ranks))

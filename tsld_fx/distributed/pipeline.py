@@ -53,6 +53,8 @@ class PipelineEngine(Engine):
         bf16: bool = False,
     ) -> None:
         super().__init__(student, teacher, distill, ranks, bf16)
+        if ranks.world_size == 1:
+            schedule = "1f1b"  # one stage: torch 2.11 cannot send from a process to itself
         self.schedule, self.micro_batches = schedule, micro_batches
         self.placement = place(len(student.layer_view().layers), ranks.world_size, schedule)
         self._stages = self._take(student, self.placement, (self.fused, self._evaluates))

@@ -122,6 +122,11 @@ class DistributedTrainer:
         self._batches(self._micro_batches)
         if self.parallel.mode == "pipeline":
             world, schedule = self.ranks.world_size, self.parallel.schedule
+            if schedule == "zbv" and world > 1 and self.ranks.device.type == "cpu" and torch.__version__ < (2, 13):
+                raise ConfigError(
+                    f"parallel.schedule='zbv': its transfers over gloo hang with torch {torch.__version__}. "
+                    "Use zero_bubble, GPUs, or torch 2.13."
+                )
             check_pipeline(model, self.distill, world, schedule, self._micro_batches)
 
     def _batches(self, count: int) -> StepBatches:
