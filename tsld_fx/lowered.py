@@ -189,7 +189,8 @@ def _packed_layers(graph_module: fx.GraphModule) -> dict[str, _Layer]:
     for node in calls(graph_module.graph, torch.ops.tsld.lowbit_linear.default):
         packed, scale, zero, bias = (None if a is None else attribute(graph_module, a.target) for a in node.args[1:5])
         name = module_path(node) or str(node.args[1].target).rpartition(".")[0]
-        layers[name] = _Layer(packed, scale, zero, *node.args[5:], bias=bias)
+        bits, group_size, in_features = node.args[5:]
+        layers[name] = _Layer(packed, scale, zero, bits, group_size, in_features, bias)
     return layers
 
 
