@@ -127,8 +127,10 @@ def test_fake_quant_finds_the_scales_and_packing_repeats_them(
 @pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize(
     ("scheme", "bits", "zeros"),
-    [("lsq", 2, False), ("lsq", 4, True), ("lsq", 4, False), ("pact", 8, True), ("seq", 2, False), ("seq", 4, False)],
-)
+    [
+        ("lsq", 2, False), ("lsq", 4, True), ("lsq", 4, False), ("pact", 8, True), ("seq", 2, False), ("seq", 4, False),
+    ],
+)  # fmt: skip
 def test_learned_scales_have_the_definitions_values_and_gradients(
     scheme: str, bits: int, zeros: bool, group: int
 ) -> None:
