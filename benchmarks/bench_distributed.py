@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py
     torchrun --nproc-per-node 2 benchmarks/bench_distributed.py --shape tiny --cpu   # does it run at all
 
-Ternary student with float32 masters under bf16 autocast, every layer recomputed, fused AdamW with float32 states,
-bf16 teacher, TSLD + ground truth, head and losses as one operator, T = 512. Each process first trains the whole of it
-on its own GPU (the peer: what one GPU does), then the processes together: FSDP2 with float32 and with bf16 gathers, and
-pipelines. Peak memory is that of steps after the first, with everything of the case before freed.
+Ternary student with float32 masters under bf16 autocast, every layer recomputed (but where activations are kept), fused
+AdamW with float32 states, bf16 teacher, TSLD + ground truth, head and losses as one operator, T = 512. Each process
+first trains the whole of it on its own GPU (the peer: what one GPU does), then the processes together: FSDP2 with
+float32 and with bf16 gathers, and pipelines. Peak memory is that of steps after the first, with everything of the case
+before freed.
 
 Bubble share of a pipeline: 1 - busy / (processes * wall) over the schedule alone (the student's forward and backward
 passes). Busy is the time inside the stages' forward and backward actions by CUDA events, which begin after what an
@@ -67,7 +68,7 @@ class Models:
         self.vocabulary = vocabulary
         self.left = 0.0  # gigabytes that the case before could not give back
 
-    def fill(self) -> None:
+    def fill(self, recompute: bool = True) -> None:
         """Whole random weights on this device, and no trace of the last case."""
         for model in (self.student, self.teacher):
             model.gradient_checkpointing_disable()
@@ -82,7 +83,8 @@ class Models:
             for name, shape in self.shapes.items():
                 value = torch.empty(shape, dtype=dtype, device=self.ranks.device).normal_(std=0.02)
                 put_parameter(model, name, torch.nn.Parameter(value, requires_grad=dtype == torch.float32))
-        self.student.gradient_checkpointing_enable()
+        if recompute:
+            self.student.gradient_checkpointing_enable()
 
     def batches(self, count: int) -> list[Batch]:
         ids = torch.randint(0, self.vocabulary, (count, SEQUENCES, TOKENS))
@@ -191,9 +193,11 @@ class Busy:
         return sum(self.between(*span) for span in spans)
 
 
-def pipeline(models: Models, ranks: Ranks, repeats: int, schedule: str, count: int) -> dict[str, Any]:
+def pipeline(
+    models: Models, ranks: Ranks, repeats: int, schedule: str, count: int, recompute: bool = True
+) -> dict[str, Any]:
     """Whole steps, and the schedule alone for its bubble."""
-    models.fill()
+    models.fill(recompute)
     engine = PipelineEngine(
         models.student, models.teacher, DistillConfig(), ranks, schedule=schedule, micro_batches=count, bf16=True
     )
@@ -253,7 +257,8 @@ def main() -> None:
         "1f1b": lambda: pipeline(models, ranks, args.repeats, "1f1b", count),
         "interleaved_1f1b": lambda: pipeline(models, ranks, args.repeats, "interleaved_1f1b", count),
         "fsdp, bfloat16 gathers": lambda: fsdp(models, ranks, args.repeats, "bfloat16"),
-        "zero_bubble": lambda: pipeline(models, ranks, args.repeats, "zero_bubble", count),
+        "1f1b, activations kept": lambda: pipeline(models, ranks, args.repeats, "1f1b", count, False),
+        "zero_bubble, activations kept": lambda: pipeline(models, ranks, args.repeats, "zero_bubble", count, False),
     }
     result: dict[str, Any] = {
         "machine": describe(), "shape": args.shape, "parameters": models.parameters, "processes": world,

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.distributed.rank import models
 from tests.models import VOCABULARY, ids
-from tsld_fx import DistillConfig, fused_loss, fused_loss_chunks
+from tsld_fx import DistillConfig, fused_loss, fused_loss_chunks, quantizers
 from tsld_fx.distributed.data import as_batch
 from tsld_fx.distributed.engine import Engine
 from tsld_fx.distributed.fsdp import FsdpEngine
@@ -48,19 +48,23 @@ def ranks() -> Iterator[Ranks]:
     found.stop()
 
 
-def engine_of(mode: str, family: str, distill: DistillConfig, ranks: Ranks) -> Engine:
+def engine_of(mode: str, family: str, distill: DistillConfig, ranks: Ranks, recompute: bool = False) -> Engine:
     student, teacher = (copy.deepcopy(model) for model in models(family, 2))
+    if recompute:
+        student.gradient_checkpointing_enable()
     if mode == "fsdp":
         return FsdpEngine(student, teacher, distill, ranks)
     return PipelineEngine(student, teacher, distill, ranks, schedule=mode, micro_batches=2)
 
 
-def step(engine: Engine) -> tuple[int, list[float], list[float]]:
+def step(engine: Engine, evaluate: bool = True) -> tuple[int, list[float], list[float]]:
     """Most rows of logits in one step and an evaluation of both models; losses and sums of gradients."""
     batches = [as_batch({"input_ids": (i := ids(BATCH, TOKENS, seed)), "labels": i}) for seed in (0, 1)]
     with LogitRows() as seen:
         engine.forward_backward(batches)
-        found = [*engine.take_losses().values(), *engine.nll(batches), *engine.nll(batches, of_teacher=True)]
+        found = list(engine.take_losses().values())
+        if evaluate:
+            found += [*engine.nll(batches), *engine.nll(batches, of_teacher=True)]
     sums = [float(p.grad.double().square().sum()) for p in engine.parameters.values() if p.grad is not None]
     return seen.most, found, sums
 
@@ -75,6 +79,19 @@ def test_logits_never_exist(mode: str, family: str, ranks: Ranks, monkeypatch: p
     assert most < BATCH * TOKENS
     assert found == pytest.approx(expected, rel=1e-5)
     assert sums == pytest.approx(expected_sums, rel=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_pipeline_quantises_each_weight_once_a_step(
+    recompute: bool, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = quantizers.fake_quantize
+    monkeypatch.setattr(quantizers, "fake_quantize", lambda *given: calls.append(1) or plain(*given))
+    engine = engine_of("1f1b", "llama", DistillConfig(), ranks, recompute)
+    for steps in (1, 2):
+        step(engine, evaluate=False)
+        assert len(calls) == steps * 14  # two layers of seven
 
 
 def test_losses_that_need_whole_logits_take_them(ranks: Ranks) -> None:

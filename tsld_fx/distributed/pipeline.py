@@ -24,6 +24,7 @@ from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss
 from tsld_fx.passes.graph_tools import tensors_read
 from tsld_fx.passes.split_off_head import RESULTS
 from tsld_fx.prepared import Ending, HeadInput, PreparedModel, PreparedOutput, ending_name
+from tsld_fx.weight_cache import WeightCache
 
 
 class PipelineEngine(Engine):
@@ -66,6 +67,7 @@ class PipelineEngine(Engine):
             self._teacher_stages = self._take(self.teacher, theirs, (self._teaching, self._evaluates))
         self._shared = self._shared_parameters()
         self._batches: list[Batch] = []
+        self._weights = WeightCache()
         self._shape: tuple[int, ...] | None = None
 
     # ------------------------------------------------------------ stages
@@ -131,6 +133,7 @@ class PipelineEngine(Engine):
         self.student.train()
         self.teach(batches)
         self.run_schedule()
+        self._weights.clear()
         self.sum_shared_gradients()
 
     def teach(self, batches: Sequence[Batch]) -> None:
@@ -147,18 +150,22 @@ class PipelineEngine(Engine):
         run_forward(calls, self.placement, batches, next(iter(stages.values())).hidden_like, consume, self.ranks.rank)
 
     def run_schedule(self) -> None:
-        """Forward and backward of the student over the micro-batches that `teach` was given."""
+        """Forward and backward of the student over the micro-batches that `teach` was given.
+
+        Each weight is quantised once for all of them, also where layers are computed again.
+        """
         shape = tuple(self._batches[0]["input_ids"].shape)
         if shape != self._shape:  # the schedule's buffers have one shape
             self._schedule, self._shape = self._build(shape), shape
         numbers = torch.arange(self.micro_batches)
         has_last = self.placement.rank_of[-1] == self.ranks.rank
-        self._schedule.step(
-            target=numbers if has_last else None,
-            input_ids=torch.cat([b["input_ids"] for b in self._batches]),
-            attention_mask=torch.cat([b["attention_mask"] for b in self._batches]),
-            micro_batch=numbers,
-        )
+        with self._weights:
+            self._schedule.step(
+                target=numbers if has_last else None,
+                input_ids=torch.cat([b["input_ids"] for b in self._batches]),
+                attention_mask=torch.cat([b["attention_mask"] for b in self._batches]),
+                micro_batch=numbers,
+            )
         self._taught.clear()
 
     def _build(self, shape: tuple[int, ...]) -> Any:
