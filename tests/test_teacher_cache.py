@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from tests.models import VOCABULARY, build, ternary
 from tests.tiny_runs import Recorder, Rows, arguments, random_rows
 from tsld_fx import DistillConfig, TSLDTrainer
+from tsld_fx.cached_samples import CachedSamples
 from tsld_fx.errors import CheckpointError, ConfigError, DataError, TsldError
-from tsld_fx.teacher_cache import CachedSamples, TeacherCache, fingerprint, teacher_digest
+from tsld_fx.teacher_cache import TeacherCache, fingerprint, teacher_digest
 
 
 def run(folder: Path, rows: Rows, distill: DistillConfig, teacher: PreTrainedModel, **changes: Any) -> tuple[Any, list]:

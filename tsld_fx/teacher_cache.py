@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from tsld_fx.runs import whole_folder, write_json
 
 VERSION = 2
 KINDS = ("token_scores", "hidden_states", "top_logits")
-FIELDS = ("tsld_sample", "tsld_print", "tsld_row")  # what `CachedSamples` adds to an item
 TOP = ("top_indices", "top_log_probs", "top_rest")  # of a batch, and the files
 _ROW = np.dtype([("fingerprint", "<u8"), ("checksum", "<u4"), ("filled", "<u4")])
 _PROBES = 64  # samples that are compared when a cache is opened; each one is compared again when it is read
@@ -228,47 +227,6 @@ class TeacherCache:
 
     def __getstate__(self) -> dict[str, Any]:  # a loader's worker maps the files itself
         return self.__dict__ | {"_rows": None, "_values": {}}
-
-
-class CachedSamples(Dataset[dict[str, Any]]):
-    """A data set whose items carry their number, their fingerprint, and their row where the cache has one."""
-
-    def __init__(self, data: Dataset[Any], cache: TeacherCache) -> None:
-        self.data, self.cache = data, cache
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = dict(self.data[index])
-        mark = fingerprint(item)
-        return item | dict(zip(FIELDS, (index, mark, self.cache.get(index, mark)), strict=True))
-
-
-class CachedBatches:
-    """A collator that hands the samples to another one and adds the teacher's rows where all samples have one.
-
-    It adds `tsld_sample` and `tsld_print` [B] int64, `token_scores` [B, T - 1], and `teacher_hidden` [B, T, H] or
-    `top_indices`, `top_log_probs` [B, T, k] and `top_rest` [B, T].
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        if FIELDS[0] not in items[0]:  # evaluation
-            return dict(self.collator(items))
-        extra = [[item[name] for item in items] for name in FIELDS]
-        batch = dict(self.collator([{k: v for k, v in item.items() if k not in FIELDS} for item in items]))
-        batch["tsld_sample"] = torch.tensor(extra[0])
-        batch["tsld_print"] = torch.tensor([mark - 2**64 if mark >= 2**63 else mark for mark in extra[1]])
-        if all(row is not None for row in extra[2]):
-            batch["token_scores"] = torch.stack([row.scores for row in extra[2]])
-            if extra[2][0].hidden is not None:
-                batch["teacher_hidden"] = torch.stack([row.hidden for row in extra[2]])
-            if extra[2][0].top is not None:
-                batch |= {name: torch.stack([row.top[i] for row in extra[2]]) for i, name in enumerate(TOP)}
-        return batch
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:

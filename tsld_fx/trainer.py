@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tsld_fx import losses
+from tsld_fx.cached_samples import FIELDS, CachedBatches, CachedSamples
 from tsld_fx.distill import DistillConfig, LossTerm
 from tsld_fx.distributed.objective import learnable
 from tsld_fx.distributed.objective import objective as plain_objective
@@ -20,7 +21,7 @@ from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import HeadlessModel, without_head
 from tsld_fx.lean_trainer import LeanTrainer
 from tsld_fx.prepared import PreparedModel, PreparedOutput, graph_model
-from tsld_fx.teacher_cache import FIELDS, TOP, CachedBatches, CachedSamples, TeacherCache
+from tsld_fx.teacher_cache import TOP, TeacherCache
 from tsld_fx.teacher_checks import check_teacher
 from tsld_fx.top_logits import TopLogits, top_of_head
 from tsld_fx.whole_trainer import WholeCheckpointTrainer
