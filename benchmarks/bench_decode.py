@@ -99,7 +99,8 @@ def decoder_us(decoder: Decoder, batch: int, context: int, steps: int) -> dict[s
     """Microseconds of a step at this context (graph replays), of a prefill, and of a token of a whole `generate`."""
     ids = torch.randint(0, VOCABULARY, (batch, context), device="cuda")
     mask, options = torch.ones_like(ids), Options(2, Selection(), 1.0, 1.0, (), 0)
-    decoder.generate(ids, mask, options)
+    for _ in range(3):  # the second captures the prefill
+        decoder.generate(ids, mask, options)
     torch.cuda.synchronize()
     start = time.perf_counter()
     decoder.generate(ids, mask, options)
@@ -108,8 +109,8 @@ def decoder_us(decoder: Decoder, batch: int, context: int, steps: int) -> dict[s
     step = decoder._step(decoder._bucket(batch), options.selection)
     samples = []
     for _ in range(5):
-        step.positions.fill_(context)
-        step._count.zero_()
+        step.state.positions.fill_(context)
+        step.state.counts.zero_()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(steps):
@@ -146,7 +147,7 @@ def compiled_us(model: Any, batch: int, context: int, steps: int) -> float:
 def kernel_times(decoder: Decoder, batch: int) -> list[dict[str, Any]]:
     """Kernels of one step, longest first: name, launches, microseconds in all."""
     step = decoder._step(decoder._bucket(batch), Selection())
-    step.positions.fill_(512)
+    step.state.positions.fill_(512)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step.run()
         torch.cuda.synchronize()

@@ -20,10 +20,10 @@ from tsld_fx.codegen.cuda_gemm import device_facts
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
 from tsld_fx.codegen.render import environment
 
-Kind = Literal["rms_norm", "silu_mul", "attention"]
+Kind = Literal["rms_norm", "silu_mul", "attention", "take_token"]
 DTYPES = {torch.float16: "Fp16", torch.bfloat16: "Bf16"}
 HEAD_DIMS = (8, 16, 32, 64, 128, 256)
-THREADS = {"rms_norm": 256, "silu_mul": 128}
+THREADS = {"rms_norm": 256, "silu_mul": 128, "take_token": 1024}
 _MOST_ROWS = 8  # query heads that one block computes together
 _MOST_CLUSTER = 8  # blocks of a cluster
 _BLOCKS_PER_SM = 2
@@ -58,7 +58,7 @@ class AttentionParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "positions", "key_cache", "value_cache")),
         *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
         *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
-        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "length", "splits", "clustered")),
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "length", "splits", "clustered", "tables")),
         ("scale", ctypes.c_float),
     ]
 
@@ -89,14 +89,14 @@ def _kernel(kind: Kind, dtype: torch.dtype, head_dim: int, rows: int, device: in
     return load_kernel(binary, name, threads_of(kind, head_dim, rows)), int(target.split("_")[1].rstrip("a")) >= 90
 
 
-def _launch(
-    kind: Kind, like: Tensor, grid: tuple[int, int, int], params: ctypes.Structure, head_dim: int = 0, rows: int = 0,
-    cluster: tuple[int, int, int] | None = None,
+def launch(
+    kind: Kind, dtype: torch.dtype, device: int, grid: tuple[int, int, int], params: ctypes.Structure,
+    head_dim: int = 0, rows: int = 0, cluster: tuple[int, int, int] | None = None,
 ) -> None:  # fmt: skip
-    index = like.device.index
-    kernel, overlap = _kernel(kind, like.dtype, head_dim, rows, index)
-    with torch.cuda.device(index):
-        stream = torch.cuda.current_stream(index).cuda_stream
+    """Enqueue one of the kernels on the device's current stream, building it first where that was not done yet."""
+    kernel, overlap = _kernel(kind, dtype, head_dim, rows, device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
         kernel.launch(grid, 0, [params], stream, overlap=overlap, cluster=cluster)
 
 
@@ -116,7 +116,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     columns = x.shape[-1]
     rows = x.numel() // columns
     pointers = (None if t is None else t.data_ptr() for t in (x, residual, weight, total, y))
-    _launch("rms_norm", x, (rows, 1, 1), NormParams(*pointers, rows, columns, eps))
+    launch("rms_norm", x.dtype, x.device.index, (rows, 1, 1), NormParams(*pointers, rows, columns, eps))
     return y, total
 
 
@@ -164,7 +164,7 @@ def _launch_gate(y: Tensor, gate: int, up: int, gate_stride: int, up_stride: int
     rows = y.numel() // columns
     params = GateParams(gate, up, y.data_ptr(), gate_stride, up_stride, rows, columns, step)
     blocks = min(-(-rows * columns // 8 // THREADS["silu_mul"]), 1 << 16)
-    _launch("silu_mul", y, (blocks, 1, 1), params)
+    launch("silu_mul", y.dtype, y.device.index, (blocks, 1, 1), params)
 
 
 def heads_per_block(heads: int, kv_heads: int) -> int:
@@ -210,7 +210,10 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor,
     key_cache: Tensor, value_cache: Tensor, scratch: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
-    """q [B, 1, heads, D], k and v [B, 1, kv_heads, D], caches [>= B, kv_heads, L, D] -> [B, 1, heads, D]."""
+    """q [B, 1, heads, D], k and v [B, 1, kv_heads, D], caches [>= B, kv_heads, L, D] -> [B, 1, heads, D].
+
+    cos, sin: [B, 1, D], or [L, D] of all positions.
+    """
     batch, _, heads, head_dim = q.shape
     kv_heads, length = k.shape[2], key_cache.shape[2]
     rows = heads_per_block(heads, kv_heads)
@@ -226,8 +229,10 @@ def attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *(None if t is None else t.data_ptr() for t in tables),
         positions.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr(),
         scratch.data_ptr() + 4 * counters, scratch.data_ptr(),
-        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, splits, bool(cluster), scale,
+        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, splits,
+        bool(cluster), cos is not None and cos.dim() == 2, scale,
     )  # fmt: skip
     grid = (batch * heads // rows, splits, 1)
-    _launch("attention", q, grid, params, head_dim, rows, (1, cluster, 1) if cluster else None)
+    shape = (1, cluster, 1) if cluster else None
+    launch("attention", q.dtype, q.device.index, grid, params, head_dim, rows, shape)
     return out

@@ -17,6 +17,7 @@
 | FuseRMSNorm | weight * (s * rsqrt(mean(s^2) + eps)), s = a + b -> add_rms_norm(a, b, weight, eps) |
 | FuseGatedActivation | silu(gate) * up -> silu_mul(gate, up) |
 | InsertKVCache | scaled_dot_product_attention(rotary(q), rotary(k), v, mask) -> cached_attention(q, k, v, cache) |
+| TabulateRotary | cached_attention(..., cos(position_ids), sin(position_ids)) -> cached_attention(..., tables) |
 | SelectLastToken | head(hidden) -> head(hidden[:, last]) |
 | FuseGatedProjection | silu_mul(lowbit_linear(x, Wg), lowbit_linear(x, Wu)) -> gated_linear(x, [Wg and Wu in turn]) |
 | FuseNormLinear | lowbit_linear(rms_norm(x, w), W) -> norm_linear(x, w, W) |
@@ -44,6 +45,7 @@ from tsld_fx.passes.runner import PassTrace, run_passes
 from tsld_fx.passes.select_last_token import SelectLastToken
 from tsld_fx.passes.set_dropout import SetDropout
 from tsld_fx.passes.split_off_head import SplitOffHead
+from tsld_fx.passes.tabulate_rotary import TabulateRotary
 
 __all__ = [
     "DropMetadataAsserts",
@@ -66,6 +68,7 @@ __all__ = [
     "SelectLastToken",
     "SetDropout",
     "SplitOffHead",
+    "TabulateRotary",
     "capture_pipeline",
     "convert_pipeline",
     "decode_pipeline",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from tsld_fx import cuda_linear
 from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.passes.graph_tools import aten, attribute, calls, copy_origin, erase_dead, fake_of, set_val
 
@@ -124,4 +125,18 @@ def stacked(graph_module: fx.GraphModule, nodes: list[fx.Node], join: Callable[[
     owner = graph_module.get_submodule(str(nodes[0].args[1].target).rpartition(".")[0])
     if getattr(owner, "kernels", None):
         layer.use_kernels(owner.kernels, owner.activations)
+        _keep_kernel_layout_alone(layer, nodes[0])
     return layer.eval()
+
+
+def _keep_kernel_layout_alone(layer: LowBitLinear, node: fx.Node) -> None:
+    """Free the canonical weight where kernels compute everything, so that it does not lie in GPU memory twice more.
+
+    Its tensor stays, without memory: the kernels find their layout by it.
+    """
+    packed = layer.weight_packed
+    if layer.kernels != "cuda" or node.meta["val"].dtype not in cuda_linear.KERNEL_DTYPES or not packed.is_cuda:
+        return
+    weight = (packed, layer.weight_scale, layer.weight_zero, layer.bits, layer.group_size, layer.in_features)
+    if cuda_linear.find(*weight) is not None:
+        packed.untyped_storage().resize_(0)

@@ -20,6 +20,7 @@ from tsld_fx.passes.insert_kv_cache import InsertKVCache
 from tsld_fx.passes.lower_linear import LowerLinear
 from tsld_fx.passes.pack_weights import PackWeights
 from tsld_fx.passes.set_dropout import SetDropout
+from tsld_fx.passes.tabulate_rotary import TabulateRotary
 
 
 def capture_pipeline() -> tuple[PassBase, ...]:
@@ -63,5 +64,6 @@ def decode_pipeline(batch: int, length: int, scratch: int = 0, fuse: bool = True
     )
     return (
         *(fusing if fuse else ()),
-        InsertKVCache(batch, length, scratch),  # last: it also removes the mask and what computes it
+        InsertKVCache(batch, length, scratch),  # it also removes the mask and what computes it
+        *((TabulateRotary(length),) if fuse else ()),  # it looks at the attention over the cache
     )

@@ -17,7 +17,7 @@ struct AttentionParams {
   const void* q;               // [batch, heads, D], batches at a distance
   const void* k;               // [batch, kv_heads, D]
   const void* v;
-  const void* cos;             // [batch, D], or null: no rotary embedding
+  const void* cos;             // [batch, D]; or of all positions, [length, D]; or null: no rotary embedding
   const void* sin;
   const i64* positions;        // [batch]: where the new token goes
   void* key_cache;             // [>= batch, kv_heads, length, D]
@@ -28,6 +28,7 @@ struct AttentionParams {
   i64 q_stride, k_stride, v_stride;  // elements between batches, multiples of 8
   int heads, kv_heads, length, splits;
   int clustered;               // whether the blocks of a head form a cluster
+  int tables;                  // whether cos and sin are of all positions (and not of this step's)
   float scale;
 };
 
@@ -72,16 +73,19 @@ class DecodeAttention {
     u16* values = static_cast<u16*>(p.value_cache) + cache * D;
     Vec16 key[kUnroll] = {}, value[kUnroll] = {};
     load(key, value, keys, values, begin, end);
+    Turn turn = {};
+    if (p.tables) turn = turn_of(p, threadIdx.x % D, position);
     wait_for_previous_kernel();
+    if (!p.tables) turn = turn_of(p, threadIdx.x % D, batch);
 
     const u16* q = static_cast<const u16*>(p.q) + batch * p.q_stride + head0 * D;
     const u16* v = static_cast<const u16*>(p.v) + batch * p.v_stride + group * D;
     for (int i = threadIdx.x; i < R * D; i += kThreads)
-      shared.q[i / D][i % D] = rotated(p, q + i / D * D, i % D, batch) * (p.scale * 1.44269504f);
+      shared.q[i / D][i % D] = rotated(p, q + i / D * D, i % D, turn, batch, position) * (p.scale * 1.44269504f);
     if (newest) {
       const u16* k = static_cast<const u16*>(p.k) + batch * p.k_stride + group * D;
       for (int i = threadIdx.x; i < D; i += kThreads) {
-        const float one = rotated(p, k, i, batch);
+        const float one = rotated(p, k, i, turn, batch, position);
         keys[static_cast<i64>(position) * D + i] = static_cast<u16>(T::pack2(one, 0.f));
         values[static_cast<i64>(position) * D + i] = v[i];
         shared.key[i] = round_to<T>(one);
@@ -131,14 +135,25 @@ class DecodeAttention {
   }
 
  private:
-  // One rounded dimension of q or k after the rotary embedding: x * cos + rotate_half(x) * sin
-  static __device__ __forceinline__ float rotated(const AttentionParams& p, const u16* x, int i, int batch) {
+  struct Turn {
+    float cos, sin;
+  };
+
+  static __device__ __forceinline__ Turn turn_of(const AttentionParams& p, int i, int row) {
+    if (p.cos == nullptr) return {};
+    return {T::to_float(static_cast<const u16*>(p.cos)[static_cast<i64>(row) * D + i]),
+            T::to_float(static_cast<const u16*>(p.sin)[static_cast<i64>(row) * D + i])};
+  }
+
+  // One rounded dimension of q or k after the rotary embedding: x * cos + rotate_half(x) * sin. `turn` is that of
+  // dimension threadIdx.x % D, which is i % D unless there are more dimensions than threads.
+  static __device__ __forceinline__ float rotated(const AttentionParams& p, const u16* x, int i, Turn turn, int batch,
+                                                  int position) {
     const float v = T::to_float(x[i]);
     if (p.cos == nullptr) return v;
+    if (kThreads % D != 0) turn = turn_of(p, i, p.tables ? position : batch);
     const float other = i < D / 2 ? -T::to_float(x[i + D / 2]) : T::to_float(x[i - D / 2]);
-    const float cos = T::to_float(static_cast<const u16*>(p.cos)[batch * D + i]);
-    const float sin = T::to_float(static_cast<const u16*>(p.sin)[batch * D + i]);
-    return round_to<T>(v * cos + other * sin);
+    return round_to<T>(v * turn.cos + other * turn.sin);
   }
 
   // Keys and values of the positions from `from` on that this thread works on; the last one again past the end.

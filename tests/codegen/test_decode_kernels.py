@@ -12,7 +12,7 @@ from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError
 
-KINDS = [("rms_norm", 0, 0), ("silu_mul", 0, 0)]
+KINDS = [("rms_norm", 0, 0), ("silu_mul", 0, 0), ("take_token", 0, 0)]
 KINDS += [("attention", d, r) for d, r in ((128, 1), (128, 4), (64, 8), (256, 8), (8, 1))]
 
 
