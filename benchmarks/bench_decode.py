@@ -207,7 +207,7 @@ def product_us(digit_tokens: int) -> dict[str, float]:
             layer.use_kernels()
         x = torch.randn(1, inputs, dtype=torch.float16, device="cuda")
         select_config.MOST_DIGIT_TOKENS = digit_tokens
-        found[name] = microseconds_per_call([lambda layer=layer: layer(x) for layer in layers], samples=5)
+        found[name] = microseconds_per_call([lambda layer=layer, x=x: layer(x) for layer in layers], samples=5)
     return found
 
 

@@ -147,14 +147,15 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
     return replace(plan, splits=_splits(plan, m, row_tiles, chunks, multiprocessors, per_sm))
 
 
-def _with_digits(spec: KernelSpec, plan: Plan, m: int, row_tiles: int, chunks: int, multiprocessors: int) -> Plan:
+def _with_digits(spec: KernelSpec, plan: Plan, m: int, tiles: int, chunks: int, multiprocessors: int) -> Plan:
     """The same stream kernel over int8 digits of x, where there is one: half the instructions per weight."""
     stream = plan.config.kernel == "stream" and plan.splits == 1 and m <= MOST_DIGIT_TOKENS
     if not stream or spec.bits != 2 or spec.group or chunks * CHUNK > _MOST_DIGIT_INPUTS:
         return plan
-    tiles = {"row_tiles": 4, "stages": 3} if plan.config.row_tiles == 4 else {"row_tiles": 2, "stages": 4}
-    found = replace(plan, config=replace(plan.config, tokens=m, digits=True, **tiles))
-    fits = found.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
+    row_tiles, stages = (4, 3) if plan.config.row_tiles == 4 else (2, 4)
+    config = replace(plan.config, tokens=m, row_tiles=row_tiles, stages=stages, digits=True)
+    found = replace(plan, config=config)
+    fits = found.shared_bytes(spec, m, tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
     return found if fits else plan
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tsld_fx.codegen import decode_kernels as kernels
+from tsld_fx.codegen import select_config
 from tsld_fx.codegen.compiler import find_compiler, parse_resources
+from tsld_fx.codegen.config import GemmConfig
 from tsld_fx.codegen.render import kernel_name, render
 from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
@@ -63,10 +65,36 @@ def test_fused_products_do_not_spill(bits: int, target: str) -> None:
         spec = KernelSpec("fp16", bits, 0, target, norm=norm, gated=gated)
         configs = [choose(spec, 4096, 4096, m, 132).config for m in (1, 8)]
         source = render(spec, configs)
-        assert f"{str(norm).lower()}, {str(gated).lower()}>" in source
+        assert f"{str(norm).lower()}, {str(gated).lower()}, false>" in source
         usages = parse_resources(find_compiler("nvcc").compile(source, target)[1])
         assert {u.kernel for u in usages} == {kernel_name(spec, c) for c in configs}
         assert not [u for u in usages if u.stack or u.spill_stores or u.spill_loads]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_digits_do_not_spill(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", 2)
+    for norm, gated in ((False, False), (True, True)):
+        spec = KernelSpec("bf16", 2, 0, target, norm=norm, gated=gated)
+        configs = [choose(spec, n, 4096, m, 132).config for n in (4096, 22016) for m in (1, 2)]
+        assert all(c.digits and c.tokens in (1, 2) for c in configs)
+        source = render(spec, configs)
+        usages = parse_resources(find_compiler("nvcc").compile(source, target)[1])
+        assert {u.kernel for u in usages} == {kernel_name(spec, c) for c in configs}
+        assert not [u for u in usages if u.stack or u.spill_stores or u.spill_loads]
+
+
+def test_where_digits_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", 2)
+    ternary = KernelSpec("fp16", 2, 0, "sm_90a")
+    assert choose(ternary, 4096, 4096, 2, 132).config.digits
+    for spec, k, m in ((ternary, 4096, 3), (KernelSpec("fp16", 2, 128, "sm_90a"), 4096, 1),
+                       (KernelSpec("fp16", 4, 0, "sm_90a"), 4096, 1), (ternary, 1 << 18, 1)):  # fmt: skip
+        assert not choose(spec, 4096, k, m, 132).config.digits
+    with pytest.raises(BackendError, match="digits are for stream kernels of one or two tokens"):
+        GemmConfig(4, 1, 1, 8, 1, 3, "stream", digits=True)
+    with pytest.raises(BackendError, match="takes ternary weights with one scale per row"):
+        render(KernelSpec("fp16", 4), [GemmConfig(1, 1, 1, 8, 1, 3, "stream", digits=True)])
 
 
 def test_only_stream_kernels_are_fused() -> None:

@@ -1,6 +1,6 @@
-"""The stream kernel over int8 digits, compiled for the host: the same headers, with the threads of a block as coroutines.
+"""The stream kernel over int8 digits, compiled for the host: the same headers, a block's threads as coroutines.
 
-It needs g++ and no GPU, and finds what the order of threads can hide: blocks run from the first thread and from the last.
+It needs g++ and no GPU. Blocks run from the first thread and from the last, which shows missing barriers.
 """
 
 from __future__ import annotations
