@@ -243,7 +243,12 @@ def main() -> None:
             ternary(result, args, ceiling)
         if not args.no_fp16:
             fp16(result, args, ceiling)
-    report(result, args)
+            report(result, args)
+            write(result, args)
+        if not args.no_ternary and args.kernels:
+            result["eager_call_us"] = eager_call_us()
+            result["product_us"] = {f"{n} digit tokens": product_us(n) for n in sorted({0, args.digit_tokens})}
+            print(result["product_us"], flush=True)
     write(result, args)
 
 
@@ -273,9 +278,6 @@ def ternary(result: dict[str, Any], args: Any, ceiling: float) -> None:
         result["kernels"] = kernel_times(decoder, args.batch[0])
         for row in result["kernels"][:12]:
             print(f"{row['us']:9.1f} us {row['launches']:5d} x {row['kernel']}", flush=True)
-        result["product_us"] = {f"{n} digit tokens": product_us(n) for n in sorted({0, args.digit_tokens})}
-        print(result["product_us"], flush=True)
-    result["eager_call_us"] = eager_call_us()
     write(result, args)
     del decoder, lowered
     gc.collect()
@@ -301,6 +303,9 @@ def fp16(result: dict[str, Any], args: Any, ceiling: float) -> None:
     except Exception as error:  # its own business; the other figures stand
         result["compile_error"] = repr(error)[:500]
         print("torch.compile:", result["compile_error"], flush=True)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def write(result: dict[str, Any], args: Any) -> None:
