@@ -211,6 +211,14 @@ def product_us(digit_tokens: int) -> dict[str, float]:
     return found
 
 
+def some_logits(decoder: Decoder, context: int) -> torch.Tensor:
+    """Logits of one token after a prompt of random tokens, the same at every call, in float64."""
+    ids = torch.arange(context, device="cuda")[None] * 7 % VOCABULARY
+    decoder._prefill._run(ids, torch.tensor([context - 1], device="cuda"))
+    logits = decoder.graphs.decode(ids[:, :1], torch.full_like(ids[:, :1], context))["logits"]
+    return logits.double()
+
+
 def with_digits(tokens: int) -> None:
     """Let stream kernels take int8 digits for up to so many tokens, from now on."""
     select_config.MOST_DIGIT_TOKENS = tokens
@@ -267,12 +275,15 @@ def ternary(result: dict[str, Any], args: Any, ceiling: float) -> None:
         result["peak_bytes"]["ternary"] = torch.cuda.max_memory_allocated()
         print(json.dumps(result["ternary"][-1]), flush=True)
         if batch == 1 and args.digit_tokens:  # the same with the 16-bit kernels
+            row, ours = result["ternary"][-1], some_logits(decoder, args.context)
             with_digits(0)
             decoder._steps.clear()
-            result["ternary"][-1]["without_digits_us"] = decoder_us(decoder, 1, args.context, args.steps)["step_us"]
+            row["without_digits_us"] = decoder_us(decoder, 1, args.context, args.steps)["step_us"]
+            theirs = some_logits(decoder, args.context)
+            row["logits_difference"] = float((ours - theirs).norm() / theirs.norm())
             with_digits(args.digit_tokens)
             decoder._steps.clear()
-            print("without digits:", result["ternary"][-1]["without_digits_us"], flush=True)
+            print({name: row[name] for name in ("without_digits_us", "logits_difference")}, flush=True)
         write(result, args)
     if args.kernels:
         result["kernels"] = kernel_times(decoder, args.batch[0])
