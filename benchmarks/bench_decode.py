@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm_timing import copy_ceiling_bytes_per_second
+from gemm_timing import copy_ceiling_bytes_per_second, microseconds_per_call, rotation
 from machine import describe
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsld_fx import LoweredModel
+from tsld_fx import LoweredModel, cuda_linear
+from tsld_fx.codegen import select_config
 from tsld_fx.decode import Decoder
 from tsld_fx.decode.options import Options
 from tsld_fx.decode.select import Selection
@@ -34,6 +35,12 @@ from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.lowered import as_lowered
 
 VOCABULARY, HIDDEN, INNER, HEADS = 32000, 4096, 11008, 32
+PRODUCTS = {
+    "q/k/v": (3 * HIDDEN, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate/up": (2 * INNER, HIDDEN),
+    "down": (HIDDEN, INNER),
+}
 
 
 def shape(layers: int) -> LlamaConfig:
@@ -99,7 +106,8 @@ def decoder_us(decoder: Decoder, batch: int, context: int, steps: int) -> dict[s
     """Microseconds of a step at this context (graph replays), of a prefill, and of a token of a whole `generate`."""
     ids = torch.randint(0, VOCABULARY, (batch, context), device="cuda")
     mask, options = torch.ones_like(ids), Options(2, Selection(), 1.0, 1.0, (), 0)
-    decoder.generate(ids, mask, options)
+    for _ in range(3):  # the second captures the prefill
+        decoder.generate(ids, mask, options)
     torch.cuda.synchronize()
     start = time.perf_counter()
     decoder.generate(ids, mask, options)
@@ -108,8 +116,8 @@ def decoder_us(decoder: Decoder, batch: int, context: int, steps: int) -> dict[s
     step = decoder._step(decoder._bucket(batch), options.selection)
     samples = []
     for _ in range(5):
-        step.positions.fill_(context)
-        step._count.zero_()
+        step.state.positions.fill_(context)
+        step.state.counts.zero_()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(steps):
@@ -146,7 +154,7 @@ def compiled_us(model: Any, batch: int, context: int, steps: int) -> float:
 def kernel_times(decoder: Decoder, batch: int) -> list[dict[str, Any]]:
     """Kernels of one step, longest first: name, launches, microseconds in all."""
     step = decoder._step(decoder._bucket(batch), Selection())
-    step.positions.fill_(512)
+    step.state.positions.fill_(512)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step.run()
         torch.cuda.synchronize()
@@ -189,6 +197,35 @@ def measure(decoder: Decoder, model: Any, args: Any, batch: int, ceiling: float)
     }  # fmt: skip
 
 
+def product_us(digit_tokens: int) -> dict[str, float]:
+    """Microseconds of each product of a layer at one token, alone, over rotating weights."""
+    found = {}
+    for name, (rows, inputs) in PRODUCTS.items():
+        like = nn.Linear(inputs, rows, device="meta")
+        layers = [random_linear(like, 2) for _ in range(rotation(rows * inputs // 4))]
+        for layer in layers:
+            layer.use_kernels()
+        x = torch.randn(1, inputs, dtype=torch.float16, device="cuda")
+        select_config.MOST_DIGIT_TOKENS = digit_tokens
+        found[name] = microseconds_per_call([lambda layer=layer, x=x: layer(x) for layer in layers], samples=5)
+    return found
+
+
+def some_logits(decoder: Decoder, context: int) -> torch.Tensor:
+    """Logits of one token after a prompt of random tokens, the same at every call, in float64."""
+    ids = torch.arange(context, device="cuda")[None] * 7 % VOCABULARY
+    decoder._prefill._run(ids, torch.tensor([context - 1], device="cuda"))
+    logits = decoder.graphs.decode(ids[:, :1], torch.full_like(ids[:, :1], context))["logits"]
+    return logits.double()
+
+
+def with_digits(tokens: int) -> None:
+    """Let stream kernels take int8 digits for up to so many tokens, from now on."""
+    select_config.MOST_DIGIT_TOKENS = tokens
+    for entry in list(cuda_linear._entries.values()):
+        entry.gemm._prepared.clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
@@ -196,51 +233,90 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--head-bits", type=int, choices=(8, 16), default=16)
+    parser.add_argument(
+        "--digit-tokens", type=int, default=select_config.MOST_DIGIT_TOKENS, help="see select_config.py"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (runs with the first batch)")
+    parser.add_argument("--no-ternary", action="store_true")
     parser.add_argument("--no-fp16", action="store_true")
     parser.add_argument("--kernels", action="store_true", help="also record the kernels of one step")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode_llama7b.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     ceiling = copy_ceiling_bytes_per_second(2.0)
-    length = args.context + args.steps + 2
     result: dict[str, Any] = {"machine": describe(), "copy_ceiling_bytes_per_second": ceiling, "context": args.context}
-    result["eager_call_us"] = eager_call_us()
-    print("host time of an eager call, us:", result["eager_call_us"], flush=True)
+    result |= {"digit_tokens": args.digit_tokens, "peak_bytes": {}, "held_bytes": {}}
+    with torch.no_grad():
+        if not args.no_ternary:
+            ternary(result, args, ceiling)
+        if not args.no_fp16:
+            fp16(result, args, ceiling)
+            report(result, args)
+            write(result, args)
+        if not args.no_ternary and args.kernels:
+            result["eager_call_us"] = eager_call_us()
+            result["product_us"] = {f"{n} digit tokens": product_us(n) for n in sorted({0, args.digit_tokens})}
+            print(result["product_us"], flush=True)
+    write(result, args)
 
+
+def ternary(result: dict[str, Any], args: Any, ceiling: float) -> None:
+    with_digits(args.digit_tokens)
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     lowered = ternary_model(args.layers, args.head_bits)
     built = time.perf_counter()
-    with torch.no_grad():
-        decoder = lowered.compile_decode(max(args.batch), length, check=False)
-        result["build_seconds"] = {"model": built - start, "compile_decode": time.perf_counter() - built}
-        print(result["build_seconds"], flush=True)
-        result["ternary"] = [measure(decoder, lowered, args, b, ceiling) for b in args.batch]
-        result["peak_bytes"] = {"ternary": torch.cuda.max_memory_allocated()}
-        result["held_bytes"] = {"ternary": torch.cuda.memory_allocated()}
-        print(json.dumps(result["ternary"], indent=1), flush=True)
-        if args.kernels:
-            result["kernels"] = kernel_times(decoder, args.batch[0])
-            for row in result["kernels"][:25]:
-                print(f"{row['us']:9.1f} us {row['launches']:5d} x {row['kernel']}", flush=True)
+    decoder = lowered.compile_decode(max(args.batch), args.context + args.steps + 2, check=False)
+    result["build_seconds"] = {"model": built - start, "compile_decode": time.perf_counter() - built}
+    result["held_bytes"]["ternary"] = torch.cuda.memory_allocated()
+    result["ternary"] = []
+    for batch in args.batch:
+        result["ternary"].append(measure(decoder, lowered, args, batch, ceiling))
+        result["peak_bytes"]["ternary"] = torch.cuda.max_memory_allocated()
+        print(json.dumps(result["ternary"][-1]), flush=True)
+        if batch == 1 and args.digit_tokens:  # the same with the 16-bit kernels
+            row, ours = result["ternary"][-1], some_logits(decoder, args.context)
+            with_digits(0)
+            decoder._steps.clear()
+            row["without_digits_us"] = decoder_us(decoder, 1, args.context, args.steps)["step_us"]
+            theirs = some_logits(decoder, args.context)
+            row["logits_difference"] = float((ours - theirs).norm() / theirs.norm())
+            with_digits(args.digit_tokens)
+            decoder._steps.clear()
+            print({name: row[name] for name in ("without_digits_us", "logits_difference")}, flush=True)
+        write(result, args)
+    if args.kernels:
+        result["kernels"] = kernel_times(decoder, args.batch[0])
+        for row in result["kernels"][:12]:
+            print(f"{row['us']:9.1f} us {row['launches']:5d} x {row['kernel']}", flush=True)
+    write(result, args)
     del decoder, lowered
     gc.collect()
     torch.cuda.empty_cache()
-    if not args.no_fp16:
-        torch.cuda.reset_peak_memory_stats()
-        model = dense_model(args.layers)
-        with torch.no_grad():
-            decoder = Decoder(model, max(args.batch), length, check=False)
-            result["fp16"] = [measure(decoder, model, args, b, ceiling) for b in args.batch]
-            result["peak_bytes"]["fp16"] = torch.cuda.max_memory_allocated()
-            del decoder
-            gc.collect()
-            if not args.no_compile:
-                write(result, args)
-                result["fp16"][0]["compiled_us"] = compiled_us(model, args.batch[0], args.context, args.steps)
-    report(result, args)
-    write(result, args)
+
+
+def fp16(result: dict[str, Any], args: Any, ceiling: float) -> None:
+    torch.cuda.reset_peak_memory_stats()
+    model = dense_model(args.layers)
+    decoder = Decoder(model, max(args.batch), args.context + args.steps + 2, check=False)
+    result["fp16"] = []
+    for batch in args.batch:
+        result["fp16"].append(measure(decoder, model, args, batch, ceiling))
+        result["peak_bytes"]["fp16"] = torch.cuda.max_memory_allocated()
+        print(json.dumps(result["fp16"][-1]), flush=True)
+        write(result, args)
+    del decoder
+    gc.collect()
+    if args.no_compile:
+        return
+    try:
+        result["fp16"][0]["compiled_us"] = compiled_us(model, args.batch[0], args.context, args.steps)
+    except Exception as error:  # its own business; the other figures stand
+        result["compile_error"] = repr(error)[:500]
+        print("torch.compile:", result["compile_error"], flush=True)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def write(result: dict[str, Any], args: Any) -> None:
@@ -252,7 +328,7 @@ def report(result: dict[str, Any], args: Any) -> None:
     table = Table(title=f"decoding, {args.layers} layers, context {args.context}, {args.head_bits}-bit head")
     for column in ("batch", "ternary us", "tokens/s", "of the bound", "fp16 us", "compiled us", "ratio"):
         table.add_column(column, justify="right")
-    for index, row in enumerate(result["ternary"]):
+    for index, row in enumerate(result.get("ternary", [])):
         cells = [
             row["batch"],
             f"{row['step_us']:.0f}",

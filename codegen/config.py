@@ -39,6 +39,7 @@ class GemmConfig:
     stages: buffers of the asynchronous copies.
     kernel: "stream" (few tokens; all warps lie along the inputs), "mma" (any number of tokens) or "wgmma" (Hopper,
         many tokens; all warps lie along the rows).
+    digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class GemmConfig:
     row_tiles: int
     stages: int
     kernel: Literal["stream", "mma", "wgmma"] = "mma"
+    digits: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel == "stream" and (self.warps_m != 1 or self.warps_n != 1 or self.tokens > 64):
@@ -55,6 +57,8 @@ class GemmConfig:
                 f"GemmConfig {self.name}: a stream kernel takes at most 64 tokens, and all its warps lie along the "
                 "inputs."
             )
+        if self.digits and (self.kernel != "stream" or self.tokens > 2):
+            raise BackendError(f"GemmConfig {self.name}: digits are for stream kernels of one or two tokens.")
         if self.kernel == "wgmma" and (
             self.warps_m != 1
             or self.warps_k != 1
@@ -92,6 +96,7 @@ class GemmConfig:
             self.row_tiles * self.token_tiles * (8 if spec.group and self.token_tiles < 4 else 4)
         )  # fp32 accumulators per thread
         registers = sums + 4 * self.token_tiles + 6 * self.row_tiles + (48 if spec.bits == 2 else 64)
+        registers += 32 * self.digits  # activations in the making
         return max(1, min(_REGISTERS // (self.threads * registers), 1024 // self.threads))
 
     @property
@@ -140,6 +145,8 @@ class GemmConfig:
             return 0
         rows = self.row_tiles * TILE_ROWS
         x_bytes = self.tokens * (chunks * CHUNK * 2 + 16)
+        if self.digits:
+            x_bytes = chunks * (self.tokens * CHUNK * 4 + 16) + self.tokens * 16
         slots = (groups + self.warps_k) * self.tokens * (rows + 4) * 4
         return x_bytes + slots + (groups * rows if spec.bits > 2 else 0)
 
@@ -147,7 +154,7 @@ class GemmConfig:
     def name(self) -> str:
         return (
             f"{self.kernel}_t{self.tokens}_w{self.warps_n}x{self.warps_m}x{self.warps_k}"
-            f"_r{self.row_tiles}_s{self.stages}"
+            f"_r{self.row_tiles}_s{self.stages}{'_digits' * self.digits}"
         )
 
     def fitted(self, spec: KernelSpec, limit: int) -> GemmConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -33,7 +33,8 @@ class GemmParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partial", "counters")),
         ("ldx", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "row_tiles", "chunks", "chunks_per_split")),
-        ("x_scale", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("x_scale", "norm_weight", "residual", "total")),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -114,7 +115,7 @@ class LowBitGemm:
         self._target = target or native
         self.weights = weights
         self._overlap = self.spec("fp16").capability >= 90  # the code for sm_80 does not wait for earlier kernels
-        self._prepared: dict[tuple[int, Activation, Quantised | None], _Prepared] = {}
+        self._prepared: dict[tuple[int, Activation, Quantised | None, bool, bool], _Prepared] = {}
 
     @classmethod
     def pack(
@@ -221,14 +222,21 @@ class LowBitGemm:
         self._launch(rows, scale, bias, y, self._prepare(rows.shape[0], activation, quantise, plan), overlap)
 
     def _prepare(
-        self, m: int, activation: Activation, quantise: Quantised | None, plan: Plan | None = None
+        self,
+        m: int,
+        activation: Activation,
+        quantise: Quantised | None,
+        plan: Plan | None = None,
+        norm: bool = False,
+        gated: bool = False,
     ) -> _Prepared:
         """Kernel and launch shape for `m` tokens; those of the chosen plan are kept."""
-        key = (m, activation, quantise)
+        key = (m, activation, quantise, norm, gated)
         found = self._prepared.get(key) if plan is None else None
         if found is not None:
             return found
-        spec, tiles, chip = self.spec(activation, quantise), self.weights.row_tiles, self._multiprocessors
+        spec = replace(self.spec(activation, quantise), norm=norm, gated=gated)
+        tiles, chip = self.weights.row_tiles, self._multiprocessors
         chosen = plan or self.plan(m, activation, quantise)
         if chosen.splits > 1 and chosen.counters(m, tiles, chip) > workspace.COUNTERS_PER_LAUNCH:
             raise BackendError(f"{chosen} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1.")
@@ -245,9 +253,12 @@ class LowBitGemm:
 
     def _launch(
         self, rows: Tensor, x_scale: Tensor | None, bias: Tensor | None, y: Tensor, prepared: _Prepared,
-        overlap: bool | None,
+        overlap: bool | None = None, norm: tuple[Tensor, Tensor | None, Tensor | None, float] | None = None,
     ) -> None:  # fmt: skip
-        """Enqueue one kernel; rows [m, k] with 16-byte aligned rows, or quantised ones with their scales [m]."""
+        """Enqueue one kernel; rows [m, k] with 16-byte aligned rows, or quantised ones with their scales [m].
+
+        norm: (weight, residual, where x + residual goes, eps) of kernels that normalise x.
+        """
         weights, m, plan = self.weights, rows.shape[0], prepared.plan
         stream = torch.cuda.current_stream(self.device).cuda_stream
         partial: Tensor | None = None
@@ -266,7 +277,10 @@ class LowBitGemm:
             *(m, weights.out_features, weights.in_features, weights.row_tiles, weights.chunks),
             -(-weights.chunks // plan.splits),
             None if x_scale is None else x_scale.data_ptr(),
+            *(None if t is None else t.data_ptr() for t in (norm[:3] if norm else ())),
         )
+        if norm:
+            params.eps = norm[3]
         ensure_context(self.device.index)
         arguments: list[ctypes.Structure] = [params]
         if plan.config.kernel == "wgmma":

@@ -7,6 +7,7 @@ elsewhere the operators of `tsld_fx.decode_ops` compute in plain torch.
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -19,11 +20,12 @@ from tsld_fx.codegen.cuda_gemm import device_facts
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
 from tsld_fx.codegen.render import environment
 
-Kind = Literal["rms_norm", "silu_mul", "attention"]
+Kind = Literal["rms_norm", "silu_mul", "attention", "take_token"]
 DTYPES = {torch.float16: "Fp16", torch.bfloat16: "Bf16"}
 HEAD_DIMS = (8, 16, 32, 64, 128, 256)
-THREADS = {"rms_norm": 256, "silu_mul": 128, "attention": 128}
+THREADS = {"rms_norm": 256, "silu_mul": 128, "take_token": 1024}
 _MOST_ROWS = 8  # query heads that one block computes together
+_MOST_CLUSTER = 8  # blocks of a cluster
 _BLOCKS_PER_SM = 2
 _LEAST_KEYS = 64  # cached positions for which a share of its own pays
 
@@ -45,7 +47,7 @@ class GateParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("gate", "up", "y")),
         *((name, ctypes.c_int64) for name in ("gate_stride", "up_stride", "rows")),
-        ("columns", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("columns", "step")),
     ]
 
 
@@ -56,9 +58,14 @@ class AttentionParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cos", "sin", "positions", "key_cache", "value_cache")),
         *((name, ctypes.c_void_p) for name in ("out", "partial", "counters")),
         *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
-        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "length", "splits")),
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "length", "splits", "clustered", "tables")),
         ("scale", ctypes.c_float),
     ]
+
+
+def threads_of(kind: Kind, head_dim: int = 0, rows: int = 0) -> int:
+    """Threads of a block; fewer where the results of many heads take much shared memory."""
+    return THREADS[kind] if kind != "attention" else 256 if rows * head_dim <= 512 else 128
 
 
 def render(kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0) -> tuple[str, str]:
@@ -67,7 +74,7 @@ def render(kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0) -> 
     name = f"tsld_{kind}_{DTYPES[dtype].lower()}{shape}"
     source = environment().get_template("decode.cu.j2").render(
         title=f"Decoding step: {kind}", name=name, kind=kind, type=DTYPES[dtype], head_dim=head_dim, rows=rows,
-        threads=THREADS[kind],
+        threads=threads_of(kind, head_dim, rows),
     )  # fmt: skip
     return source, name
 
@@ -79,17 +86,18 @@ def _kernel(kind: Kind, dtype: torch.dtype, head_dim: int, rows: int, device: in
     ensure_context(device)
     source, name = render(kind, dtype, head_dim, rows)
     binary, _ = KernelCache.default().get_or_build(source, target, find_compiler())
-    return load_kernel(binary, name, THREADS[kind]), int(target.split("_")[1].rstrip("a")) >= 90
+    return load_kernel(binary, name, threads_of(kind, head_dim, rows)), int(target.split("_")[1].rstrip("a")) >= 90
 
 
-def _launch(
-    kind: Kind, like: Tensor, grid: tuple[int, int, int], params: ctypes.Structure, head_dim: int = 0, rows: int = 0
-) -> None:
-    index = like.device.index
-    kernel, overlap = _kernel(kind, like.dtype, head_dim, rows, index)
-    with torch.cuda.device(index):
-        stream = torch.cuda.current_stream(index).cuda_stream
-        kernel.launch(grid, 0, [params], stream, overlap=overlap)
+def launch(
+    kind: Kind, dtype: torch.dtype, device: int, grid: tuple[int, int, int], params: ctypes.Structure,
+    head_dim: int = 0, rows: int = 0, cluster: tuple[int, int, int] | None = None,
+) -> None:  # fmt: skip
+    """Enqueue one of the kernels on the device's current stream, building it first where that was not done yet."""
+    kernel, overlap = _kernel(kind, dtype, head_dim, rows, device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        kernel.launch(grid, 0, [params], stream, overlap=overlap, cluster=cluster)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -108,7 +116,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     columns = x.shape[-1]
     rows = x.numel() // columns
     pointers = (None if t is None else t.data_ptr() for t in (x, residual, weight, total, y))
-    _launch("rms_norm", x, (rows, 1, 1), NormParams(*pointers, rows, columns, eps))
+    launch("rms_norm", x.dtype, x.device.index, (rows, 1, 1), NormParams(*pointers, rows, columns, eps))
     return y, total
 
 
@@ -133,12 +141,30 @@ def _row_stride(t: Tensor) -> int:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, contiguous."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    columns = gate.shape[-1]
-    rows = y.numel() // columns
-    params = GateParams(gate.data_ptr(), up.data_ptr(), y.data_ptr(), _row_stride(gate), _row_stride(up), rows, columns)
-    blocks = min(-(-rows * columns // 8 // THREADS["silu_mul"]), 1 << 16)
-    _launch("silu_mul", gate, (blocks, 1, 1), params)
+    _launch_gate(y, gate.data_ptr(), up.data_ptr(), _row_stride(gate), _row_stride(up), 1)
     return y
+
+
+def taking_turns_supported(both: Tensor) -> bool:
+    """Whether `silu_mul_taking_turns` has a kernel: fp16 or bf16, contiguous."""
+    return both.dtype in DTYPES and both.shape[-1] % 16 == 0 and both.numel() > 0 and both.is_contiguous()
+
+
+def silu_mul_taking_turns(both: Tensor) -> Tensor:
+    """[..., 2F], 8 features of gate and the same 8 of up taking turns -> silu(gate) * up [..., F]."""
+    width = both.shape[-1]
+    y = torch.empty(*both.shape[:-1], width // 2, dtype=both.dtype, device=both.device)
+    start = both.data_ptr()
+    _launch_gate(y, start, start + 8 * both.element_size(), width, width, 2)
+    return y
+
+
+def _launch_gate(y: Tensor, gate: int, up: int, gate_stride: int, up_stride: int, step: int) -> None:
+    columns = y.shape[-1]
+    rows = y.numel() // columns
+    params = GateParams(gate, up, y.data_ptr(), gate_stride, up_stride, rows, columns, step)
+    blocks = min(-(-rows * columns // 8 // THREADS["silu_mul"]), 1 << 16)
+    launch("silu_mul", y.dtype, y.device.index, (blocks, 1, 1), params)
 
 
 def heads_per_block(heads: int, kv_heads: int) -> int:
@@ -151,6 +177,13 @@ def attention_splits(batch: int, heads: int, kv_heads: int, length: int, multipr
     """Blocks that share the cached positions of one head: enough to fill the machine."""
     units = batch * heads // heads_per_block(heads, kv_heads)
     return max(1, min(-(-_BLOCKS_PER_SM * multiprocessors // units), length // _LEAST_KEYS))
+
+
+def cluster_size(splits: int, head_dim: int, rows: int, capability: int) -> int:
+    """The nearest number of blocks that can form a cluster, 0 where the shares have to meet in global memory."""
+    if capability < 90 or rows * head_dim > 512 or not 1 < splits <= 1.5 * _MOST_CLUSTER:
+        return 0
+    return min(_MOST_CLUSTER, 1 << round(math.log2(splits)))
 
 
 def scratch_floats(batch: int, heads: int, kv_heads: int, head_dim: int, length: int, multiprocessors: int) -> int:
@@ -177,11 +210,17 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor,
     key_cache: Tensor, value_cache: Tensor, scratch: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
-    """q [B, 1, heads, D], k and v [B, 1, kv_heads, D], caches [>= B, kv_heads, L, D] -> [B, 1, heads, D]."""
+    """q [B, 1, heads, D], k and v [B, 1, kv_heads, D], caches [>= B, kv_heads, L, D] -> [B, 1, heads, D].
+
+    cos, sin: [B, 1, D], or [L, D] of all positions.
+    """
     batch, _, heads, head_dim = q.shape
     kv_heads, length = k.shape[2], key_cache.shape[2]
     rows = heads_per_block(heads, kv_heads)
-    splits = attention_splits(batch, heads, kv_heads, length, device_facts(q.device.index)[1])
+    target, multiprocessors = device_facts(q.device.index)
+    splits = attention_splits(batch, heads, kv_heads, length, multiprocessors)
+    cluster = cluster_size(splits, head_dim, rows, int(target.split("_")[1].rstrip("a")))
+    splits = cluster or splits
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tables = [None if t is None else t.contiguous() for t in (cos, sin)]
     positions = positions.contiguous()
@@ -190,7 +229,10 @@ def attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *(None if t is None else t.data_ptr() for t in tables),
         positions.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr(),
         scratch.data_ptr() + 4 * counters, scratch.data_ptr(),
-        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, splits, scale,
+        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, splits,
+        bool(cluster), cos is not None and cos.dim() == 2, scale,
     )  # fmt: skip
-    _launch("attention", q, (batch * heads // rows, splits, 1), params, head_dim, rows)
+    grid = (batch * heads // rows, splits, 1)
+    shape = (1, cluster, 1) if cluster else None
+    launch("attention", q.dtype, q.device.index, grid, params, head_dim, rows, shape)
     return out

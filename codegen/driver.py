@@ -18,6 +18,7 @@ import torch
 from tsld_fx.errors import BackendError
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _JIT_ERROR_BUFFER, _JIT_ERROR_BYTES = 5, 6  # CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES
 _ERROR_OUT_OF_MEMORY = 2
@@ -101,20 +102,26 @@ class LoadedKernel:
         stream: int,
         *,
         overlap: bool = False,
+        cluster: tuple[int, int, int] | None = None,
     ) -> None:
         """Enqueue on `stream` of the current device. `arguments`: the kernel's parameters in order.
 
         overlap: programmatic dependent launch (Hopper and later): the kernel may start its prologue before earlier
         kernels of the stream have ended; it waits for them itself before it reads their results.
+        cluster: blocks that share their shared memory (Hopper and later); divides the grid.
         """
         config = _LaunchConfig()
         config.grid[:] = grid
         config.block[:] = (self.threads, 1, 1)
         config.shared, config.stream = shared_bytes, stream
-        if overlap:
-            attribute = _Attribute(id=_PROGRAMMATIC_SERIALIZATION)
-            attribute.value[0] = 1
-            config.attributes, config.attribute_count = ctypes.pointer(attribute), 1
+        attributes = (_Attribute * 2)()
+        config.attributes = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
+        wanted = {_PROGRAMMATIC_SERIALIZATION: (1,) if overlap else None, _CLUSTER_DIMENSION: cluster}
+        for number, value in wanted.items():
+            if value is not None:
+                attribute = attributes[config.attribute_count]
+                attribute.id, attribute.value[: len(value)] = number, value
+                config.attribute_count += 1
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
         if status:

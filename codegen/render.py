@@ -48,6 +48,12 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
             raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
         activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
     arguments = [activation, spec.bits, spec.group, *shape, config.stages]
+    if config.digits and (spec.bits != 2 or spec.group):
+        raise BackendError(f"{config.name} takes ternary weights with one scale per row, not {spec}.")
+    if spec.norm or spec.gated or config.digits:
+        if entry != "Stream":
+            raise BackendError(f"{config.name} computes the product alone. Choose a stream configuration for {spec}.")
+        arguments += [str(flag).lower() for flag in (spec.norm, spec.gated, config.digits)]
     return {
         "name": kernel_name(spec, config),
         "comment": f"{config.block_rows} rows x {config.block_tokens} tokens per block",

@@ -64,6 +64,8 @@ class Plan:
 
 # tokens -> tiles, for what the tuned table does not cover; found on an H200, see docs/cuda.md
 _STREAM = {t: GemmConfig(t, 1, 1, 16, 1, 4, "stream") for t in (1, 2, 4, 8)}
+MOST_DIGIT_TOKENS = 0  # up to so many (2 at most), stream kernels take ternary weights with int8 digits of x
+_MOST_DIGIT_INPUTS = 1 << 17  # for which the sums of digits fit into 32 bits
 _MANY_ROW_GROUPS = 4 * 132  # from here on a stream kernel has work enough to take four row tiles at once
 _MMA = {
     1: GemmConfig(tokens=1, warps_n=1, warps_m=1, warps_k=16, row_tiles=2, stages=3),
@@ -145,6 +147,18 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
     return replace(plan, splits=_splits(plan, m, row_tiles, chunks, multiprocessors, per_sm))
 
 
+def _with_digits(spec: KernelSpec, plan: Plan, m: int, tiles: int, chunks: int, multiprocessors: int) -> Plan:
+    """The same stream kernel over int8 digits of x, where there is one: half the instructions per weight."""
+    stream = plan.config.kernel == "stream" and plan.splits == 1 and m <= MOST_DIGIT_TOKENS
+    if not stream or spec.bits != 2 or spec.group or chunks * CHUNK > _MOST_DIGIT_INPUTS:
+        return plan
+    row_tiles, stages = (4, 3) if plan.config.row_tiles == 4 else (2, 4)
+    config = replace(plan.config, tokens=m, row_tiles=row_tiles, stages=stages, digits=True)
+    found = replace(plan, config=config)
+    fits = found.shared_bytes(spec, m, tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
+    return found if fits else plan
+
+
 def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
     """The plan for y[m, n] = x[m, k] @ weights[n, k].T on a machine with so many multiprocessors."""
     if spec.quantised and not spec.hopper:
@@ -163,6 +177,7 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
         fits = plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
     if plan is None or not fits:
         plan = _heuristic(spec, n, k, m, multiprocessors)
+    plan = _with_digits(spec, plan, m, row_tiles, chunks, multiprocessors)
     if plan.counters(m, row_tiles, multiprocessors) > COUNTERS_PER_LAUNCH and plan.config.kernel != "stream":
         plan = replace(plan, splits=1)
     return replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))  # no empty split

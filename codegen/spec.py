@@ -27,6 +27,8 @@ class KernelSpec:
     group: inputs per scale: 0 (one scale per output row, which serves a per-tensor scale too), 32, 64 or 128.
     target: "sm_XX" (machine code), "sm_90a" (Hopper's own instructions) or "compute_XX" (PTX, compiled by the driver).
     quantised: 8-bit type that x is rounded to before the product, with one scale per token; None keeps x as it is.
+    norm: x is normalised first (RMSNorm), after a residual was added to it where one is given; stream kernels only.
+    gated: rows are tiles of 8 features of a gate and the same 8 of `up`; y = silu(gate) * up. Stream kernels only.
     """
 
     activation: Activation
@@ -34,6 +36,8 @@ class KernelSpec:
     group: int = 0
     target: str = "sm_80"
     quantised: Quantised | None = None
+    norm: bool = False
+    gated: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in get_args(Activation):
@@ -78,7 +82,8 @@ class KernelSpec:
     def name(self) -> str:
         granularity = f"g{self.group}" if self.group else "row"
         quantised = f"_{self.quantised}" if self.quantised else ""
-        return f"w{self.bits}{quantised}_{self.activation}_{granularity}"
+        fused = "_norm" * self.norm + "_gated" * self.gated
+        return f"w{self.bits}{quantised}_{self.activation}_{granularity}{fused}"
 
     @property
     def x_bytes(self) -> int:

@@ -10,6 +10,7 @@
 | InsertFakeQuant | linear(x, W) -> linear(x, fake_quant(W)) |
 | InsertDistillationHooks | output(logits) -> output(logits, hidden states, attention scores) |
 | FuseHeadLoss | output(linear(h, W)) -> output(head_loss(h, W, teacher, labels)) |
+| SplitOffHead | output(linear(h, W)) -> output(h, W) |
 | RetargetDevice | arange(device=cpu) -> arange(device=cuda:0) |
 | FreezeScales | fake_quant(W, learned scale) -> fake_quant(W, constant scale) |
 | PackWeights | fake_quant(W, scale) -> dequantize_weight(packed, scale) |
@@ -17,7 +18,10 @@
 | FuseRMSNorm | weight * (s * rsqrt(mean(s^2) + eps)), s = a + b -> add_rms_norm(a, b, weight, eps) |
 | FuseGatedActivation | silu(gate) * up -> silu_mul(gate, up) |
 | InsertKVCache | scaled_dot_product_attention(rotary(q), rotary(k), v, mask) -> cached_attention(q, k, v, cache) |
+| TabulateRotary | cached_attention(..., cos(position_ids), sin(position_ids)) -> cached_attention(..., tables) |
 | SelectLastToken | head(hidden) -> head(hidden[:, last]) |
+| FuseGatedProjection | silu_mul(lowbit_linear(x, Wg), lowbit_linear(x, Wu)) -> gated_linear(x, [Wg and Wu in turn]) |
+| FuseNormLinear | lowbit_linear(rms_norm(x, w), W) -> norm_linear(x, w, W) |
 | FuseProjections | lowbit_linear(x, Wq), lowbit_linear(x, Wk), ... -> split(lowbit_linear(x, [Wq; Wk; ...])) |
 """
 
@@ -26,7 +30,9 @@ from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
 from tsld_fx.passes.fuse_gated_activation import FuseGatedActivation
+from tsld_fx.passes.fuse_gated_projection import FuseGatedProjection
 from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
+from tsld_fx.passes.fuse_norm_linear import FuseNormLinear
 from tsld_fx.passes.fuse_projections import FuseProjections
 from tsld_fx.passes.fuse_rms_norm import FuseRMSNorm
 from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
@@ -40,6 +46,8 @@ from tsld_fx.passes.retarget_device import RetargetDevice
 from tsld_fx.passes.runner import PassTrace, run_passes
 from tsld_fx.passes.select_last_token import SelectLastToken
 from tsld_fx.passes.set_dropout import SetDropout
+from tsld_fx.passes.split_off_head import SplitOffHead
+from tsld_fx.passes.tabulate_rotary import TabulateRotary
 
 __all__ = [
     "CausalAttention",
@@ -47,7 +55,9 @@ __all__ = [
     "FoldTransposedLinear",
     "FreezeScales",
     "FuseGatedActivation",
+    "FuseGatedProjection",
     "FuseHeadLoss",
+    "FuseNormLinear",
     "FuseProjections",
     "FuseRMSNorm",
     "InlineHigherOrderOps",
@@ -60,6 +70,8 @@ __all__ = [
     "RetargetDevice",
     "SelectLastToken",
     "SetDropout",
+    "SplitOffHead",
+    "TabulateRotary",
     "capture_pipeline",
     "convert_pipeline",
     "decode_pipeline",

@@ -33,13 +33,16 @@ class FreezeScales(PassBase):
     before: fake_quant(W, None, None, "twn", 2, 0)
     after:  fake_quant(W, weight_scale, None, "twn", 2, 0)
 
-    The result of the node does not change by a bit for a float32 weight.
+    A dead_zone_bias(W, ...) becomes the layer's `bias`. The results of the nodes do not change by a bit for a float32
+    weight.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nodes = [n for n in calls(graph_module.graph, torch.ops.tsld.fake_quant.default) if FROZEN not in n.meta]
         for node in nodes:
             self._freeze(graph_module, node)
+        for node in calls(graph_module.graph, torch.ops.tsld.dead_zone_bias.default):
+            _fold_bias(graph_module, node)
         return PassResult(graph_module, bool(nodes))
 
     def _freeze(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
@@ -65,6 +68,22 @@ class FreezeScales(PassBase):
         node.args = (node.args[0], *arguments, *node.args[3:])
         node.meta[FROZEN] = True
         erase_dead(graph, *old)
+
+
+def _fold_bias(graph_module: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a dead_zone_bias by its value, as the parameter `bias` of its layer."""
+    name, graph = layer_of(node), graph_module.graph
+    weight, module, old = row_major_weight(graph_module, node), holder(graph_module, name), node.args[2]
+    _, _, _, *how = node.args
+    before = None if old is None else attribute(graph_module, str(old.target)).detach()  # type: ignore[union-attr]
+    value = torch.ops.tsld.dead_zone_bias(weight, module._buffers["weight_scale"], before, *how)
+    module.register_parameter("bias", torch.nn.Parameter(value, requires_grad=False))
+    with graph.inserting_before(node):
+        bias = graph.get_attr(f"{name}.bias")
+        copy_origin(bias, node)
+        fake_of(graph_module, bias, value)
+    node.replace_all_uses_with(bias)
+    erase_dead(graph, node)
 
 
 def _require_finite(name: str, what: str, value: Tensor) -> None:

@@ -13,7 +13,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from tsld_fx import fused_loss  # noqa: F401  (registers tsld::head_loss)
 from tsld_fx.passes.graph_tools import argument, aten, copy_origin, set_val
 
-INPUTS = ("labels", "teacher_hidden", "teacher_weight", "teacher_bias", "segment_ids", "token_scores")
+TOP = ("top_indices", "top_log_probs", "top_rest")
+INPUTS = ("labels", "teacher_hidden", "teacher_weight", "teacher_bias", "segment_ids", "token_scores", *TOP)
 RESULTS = ("loss", "loss_terms", "token_scores")
 
 
@@ -53,7 +54,8 @@ class FuseHeadLoss(PassBase):
                     head.args[0], head.args[1], argument(head, 2, "bias"),
                     given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"], given["labels"],
                     given["segment_ids"], given["token_scores"],
-                    list(self.kinds), list(self.weights), list(self.temperatures),
+                    list(self.kinds), list(self.weights), list(self.temperatures), 0, None,
+                    *(given[name] for name in TOP),
                 ),
             )  # fmt: skip
             results = [graph.call_function(operator.getitem, (call, index)) for index in range(3)]
@@ -94,7 +96,7 @@ def _add_inputs(graph: fx.Graph, head: fx.Node) -> dict[str, fx.Node]:
         with graph.inserting_after(last):
             node = graph.placeholder(name, default_value=None)
         source = like.get(name, next(n for n in graph.nodes if n.op == "placeholder"))
-        if isinstance(source, fx.Node) and name not in ("token_scores", "segment_ids") and "val" in source.meta:
+        if isinstance(source, fx.Node) and name not in ("token_scores", "segment_ids", *TOP) and "val" in source.meta:
             node.meta["val"] = source.meta["val"]
         else:
             node.meta["val"] = None

@@ -14,6 +14,7 @@ from tsld_fx import ops  # noqa: F401  (registers tsld::*)
 from tsld_fx.config import QuantConfig, TernaryWeight, WeightSpec, group_size_code
 from tsld_fx.errors import ConfigError
 from tsld_fx.passes.graph_tools import (
+    argument,
     aten,
     attribute,
     calls,
@@ -26,6 +27,7 @@ from tsld_fx.passes.graph_tools import (
     weight_source,
 )
 from tsld_fx.quantizers import (
+    LEARNED,
     all_finite,
     clipped_scale,
     initial_scale,
@@ -43,6 +45,8 @@ class InsertFakeQuant(PassBase):
 
     before: linear(x, W)
     after:  linear(x, fake_quant(W, None, None, "twn", 2, 0))
+
+    With `dead_zone_bias` the linear also gets the bias dead_zone_bias(W, b, ...), which holds b if there is one.
 
     A learned scale becomes a parameter of the layer (`weight_scale`; `weight_clip` for PACT, turned into a scale by
     tsld::learned_clip), a fixed zero point a buffer (`weight_zero`). A weight that several linears share gets one
@@ -75,6 +79,8 @@ class InsertFakeQuant(PassBase):
             if key not in made:
                 made[key] = self._insert(graph_module, linear, weight, name, spec)
             linear.update_arg(1, made[key])
+            if isinstance(spec, TernaryWeight) and spec.dead_zone_bias:
+                _add_dead_zone_bias(linear, made[key], spec.dead_zone_bias)
         return PassResult(graph_module, bool(made))
 
     def _spec(self, name: str, tied: bool) -> WeightSpec | None:
@@ -103,13 +109,13 @@ class InsertFakeQuant(PassBase):
     def _scale_nodes(
         self, graph_module: fx.GraphModule, linear: fx.Node, row_major: fx.Node, name: str, spec: WeightSpec
     ) -> tuple[fx.Node | None, fx.Node | None]:
-        if spec.scale not in ("pact", "lsq"):
+        if spec.scale not in LEARNED:
             return None, None
         graph, group_size = graph_module.graph, group_size_code(spec)
         value = _row_major_value(graph_module, row_major)
         module = holder(graph_module, name)
-        if spec.scale == "lsq":
-            first, point = initial_scale(value, spec.bits, spec.symmetric, group_size)
+        if spec.scale != "pact":
+            first, point = initial_scale(value, spec.bits, spec.symmetric, group_size, spec.scale)
             scale = _read(graph_module, linear, _learned(module, name, "weight_scale", first))
             if point is None:
                 return scale, None
@@ -130,6 +136,20 @@ class InsertFakeQuant(PassBase):
             graph.erase_node(nodes[2])
             return nodes[1], None
         return nodes[1], nodes[2]
+
+
+def _add_dead_zone_bias(linear: fx.Node, quantised: fx.Node, factor: float) -> None:
+    """Add what the weights at level 0 contribute to the linear's bias (Tequila, arXiv 2509.23809)."""
+    weight, scale, _, scheme, _, group_size = quantised.args
+    with linear.graph.inserting_before(linear):
+        bias = linear.graph.call_function(
+            torch.ops.tsld.dead_zone_bias.default,
+            (weight, scale, argument(linear, 2, "bias"), scheme, group_size, factor),
+        )
+    copy_origin(bias, linear)
+    bias.meta["tsld_module"] = quantised.meta["tsld_module"]
+    set_val(bias)
+    linear.args, linear.kwargs = (*linear.args[:2], bias), {}
 
 
 def _row_major_value(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:

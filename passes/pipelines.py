@@ -9,6 +9,8 @@ from tsld_fx.passes.drop_metadata_asserts import DropMetadataAsserts
 from tsld_fx.passes.fold_transposed_linear import FoldTransposedLinear
 from tsld_fx.passes.freeze_scales import FreezeScales
 from tsld_fx.passes.fuse_gated_activation import FuseGatedActivation
+from tsld_fx.passes.fuse_gated_projection import FuseGatedProjection
+from tsld_fx.passes.fuse_norm_linear import FuseNormLinear
 from tsld_fx.passes.fuse_projections import FuseProjections
 from tsld_fx.passes.fuse_rms_norm import FuseRMSNorm
 from tsld_fx.passes.inline_higher_order_ops import InlineHigherOrderOps
@@ -18,6 +20,7 @@ from tsld_fx.passes.insert_kv_cache import InsertKVCache
 from tsld_fx.passes.lower_linear import LowerLinear
 from tsld_fx.passes.pack_weights import PackWeights
 from tsld_fx.passes.set_dropout import SetDropout
+from tsld_fx.passes.tabulate_rotary import TabulateRotary
 
 
 def capture_pipeline() -> tuple[PassBase, ...]:
@@ -53,11 +56,14 @@ def convert_pipeline() -> tuple[PassBase, ...]:
 def decode_pipeline(batch: int, length: int, scratch: int = 0, fuse: bool = True) -> tuple[PassBase, ...]:
     """Lowered graph with position_ids -> graph that computes new tokens over a static KV cache."""
     fusing = (
+        FuseGatedActivation(),
+        FuseGatedProjection(),  # before FuseProjections, which would take gate and up otherwise
         FuseProjections(),  # before the cache, which looks through views of a product, not through products
         FuseRMSNorm(),
-        FuseGatedActivation(),
+        FuseNormLinear(),  # after all that makes products out of several
     )
     return (
         *(fusing if fuse else ()),
-        InsertKVCache(batch, length, scratch),  # last: it also removes the mask and what computes it
+        InsertKVCache(batch, length, scratch),  # it also removes the mask and what computes it
+        *((TabulateRotary(length),) if fuse else ()),  # it looks at the attention over the cache
     )

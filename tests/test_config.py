@@ -76,8 +76,9 @@ clips = st.none() | st.floats(0.1, 10)
 def weight_specs(draw: st.DrawFn) -> WeightSpec:
     group = draw(groups)
     if draw(st.booleans()):
-        scale = draw(st.sampled_from(["twn", "absmean", "pact", "lsq"]))
-        return TernaryWeight(scale=scale, clip_init=draw(clips) if scale == "pact" else None, **group)
+        scale = draw(st.sampled_from(["twn", "absmean", "pact", "lsq", "seq"]))
+        clip, factor = draw(clips) if scale == "pact" else None, draw(st.none() | st.floats(1e-5, 1))
+        return TernaryWeight(scale=scale, clip_init=clip, dead_zone_bias=factor, **group)
     scale = draw(st.sampled_from(["minmax", "pact", "lsq"]))
     return AffineWeight(
         bits=draw(st.sampled_from([4, 8])),

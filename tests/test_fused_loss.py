@@ -178,10 +178,21 @@ def test_compiles_without_graph_breaks_and_serves_once() -> None:
         loss.backward()
 
 
+def test_gradients_of_hidden_states_and_head_can_be_asked_for_apart() -> None:
+    """As zero-bubble schedules do: first back to the hidden states, later to the weights."""
+    plain, apart = (with_grad(batch(5, torch.float64), "hidden", "weight", "bias") for _ in range(2))
+    losses.fused_head_loss(**plain).loss.backward()
+    loss = losses.fused_head_loss(**apart).loss
+    (hidden,) = torch.autograd.grad(loss, apart["hidden"], retain_graph=True)
+    weight, bias = torch.autograd.grad(loss, (apart["weight"], apart["bias"]))
+    for found, key in ((hidden, "hidden"), (weight, "weight"), (bias, "bias")):
+        assert torch.equal(found, plain[key].grad)
+
+
 def test_weight_gradient_is_handed_over_without_a_copy() -> None:
     b = with_grad(batch(6, torch.float32), "weight")
     loss = losses.fused_head_loss(**b).loss
-    buffer = loss.grad_fn.gradients[1].data_ptr()
+    buffer = loss.grad_fn.gradients[0].data_ptr()
     loss.backward()
     assert b["weight"].grad.data_ptr() == buffer
 

@@ -111,7 +111,7 @@ def test_gradient_descent_on_a_learned_scale_lowers_the_error() -> None:
 def test_operators_pass_torchs_own_checks(scheme: str) -> None:
     bits = 2 if scheme in ("twn", "absmean") else 4
     weight = torch.randn(6, 8, requires_grad=True)
-    learned = scheme in ("pact", "lsq")
+    learned = scheme in ("pact", "lsq", "seq")
     scale = torch.full((6, 2), 0.2, requires_grad=True) if learned else None
     zero = torch.full((6, 2), 7, dtype=torch.uint8) if learned else None
     torch.library.opcheck(torch.ops.tsld.fake_quant.default, (weight, scale, zero, scheme, bits, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.models import build, ternary
+from tests.models import VOCABULARY, build, ternary
 from tests.tiny_runs import Recorder, Rows, arguments, random_rows
 from tsld_fx import DistillConfig, TSLDTrainer
+from tsld_fx.cached_samples import CachedSamples
 from tsld_fx.errors import CheckpointError, ConfigError, DataError, TsldError
-from tsld_fx.teacher_cache import CachedSamples, TeacherCache, fingerprint, teacher_digest
+from tsld_fx.teacher_cache import TeacherCache, fingerprint, teacher_digest
 
 
 def run(folder: Path, rows: Rows, distill: DistillConfig, teacher: PreTrainedModel, **changes: Any) -> tuple[Any, list]:
@@ -40,6 +42,8 @@ def run(folder: Path, rows: Rows, distill: DistillConfig, teacher: PreTrainedMod
         ("hidden_states", "tsld", 0),
         ("hidden_states", "logit", 0),
         ("hidden_states", "tsld", 2),
+        ("top_logits", "tsld", 2),
+        ("top_logits", "logit_gt", 0),
     ],
 )
 def test_later_epochs_read_the_cache_and_train_alike(kind: Any, method: Any, workers: int, tmp_path: Path) -> None:
@@ -47,14 +51,15 @@ def test_later_epochs_read_the_cache_and_train_alike(kind: Any, method: Any, wor
     rows.columns["labels"][3, :4] = -100
     plain, calls = run(tmp_path / "plain", rows, DistillConfig(method), teacher)
     assert len(calls) == 9
-    cached = DistillConfig(method, teacher_cache=kind)
+    cached = DistillConfig(method, teacher_cache=kind, cached_logits=VOCABULARY)  # all of them: the same loss
     ours, calls = run(tmp_path / "cached", rows, cached, teacher, dataloader_num_workers=workers)
-    assert ours == pytest.approx(plain, rel=1e-6)
-    assert len(calls) == (3 if kind == "hidden_states" else 9)
-    shared = DistillConfig(method, teacher_cache=kind, cache_folder=str(tmp_path / "cached" / "teacher_cache"))
+    close = 1e-3 if kind == "top_logits" else 1e-6  # log-probabilities are kept in float16
+    assert ours == pytest.approx(plain, rel=close)
+    assert len(calls) == (9 if kind == "token_scores" else 3)
+    shared = replace(cached, cache_folder=str(tmp_path / "cached" / "teacher_cache"))
     again, calls = run(tmp_path / "again", rows, shared, teacher)
-    assert again == pytest.approx(plain, rel=1e-6)
-    assert len(calls) == (0 if kind == "hidden_states" else 9)
+    assert again == pytest.approx(ours, rel=1e-6)
+    assert len(calls) == (9 if kind == "token_scores" else 0)
 
 
 def test_half_filled_cache_goes_on(tmp_path: Path) -> None:
@@ -69,13 +74,17 @@ def test_half_filled_cache_goes_on(tmp_path: Path) -> None:
 def cache(
     folder: Path, rows: Rows | None = None, teacher: PreTrainedModel | None = None, kind: str = "hidden_states"
 ) -> TeacherCache:
-    return TeacherCache(folder, kind, rows or random_rows(6), teacher or build("llama", seed=7))
+    count = 5 if kind == "top_logits" else 0
+    return TeacherCache(folder, kind, rows or random_rows(6), teacher or build("llama", seed=7), count=count)
 
 
 def fill(folder: Path, **how: Any) -> TeacherCache:
     made, rows = cache(folder, **how), random_rows(6)
     marks = [fingerprint(rows[i]) for i in range(6)]
-    made.put(range(6), marks, torch.randn(6, 11), torch.randn(6, 12, 32).bfloat16())
+    top = None
+    if how.get("kind") == "top_logits":
+        top = (torch.zeros(6, 12, 5).int(), torch.randn(6, 12, 5).half(), torch.rand(6, 12))
+    made.put(range(6), marks, torch.randn(6, 11), torch.randn(6, 12, 32).bfloat16(), top)
     return made
 
 
@@ -118,22 +127,23 @@ def test_one_changed_bit_of_the_teacher_shows() -> None:
     assert teacher_digest(teacher) != before
 
 
-@pytest.mark.parametrize("file", ["scores.bin", "hidden.bin"])
+@pytest.mark.parametrize("file", ["scores.bin", "hidden.bin", "top_indices.bin", "top_log_probs.bin", "top_rest.bin"])
 def test_damage_is_found(file: str, tmp_path: Path) -> None:
-    fill(tmp_path / "c")
+    kind = "top_logits" if file.startswith("top") else "hidden_states"
+    fill(tmp_path / "c", kind=kind)
     data = bytearray((tmp_path / "c" / file).read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "c" / file).write_bytes(data)
-    made = cache(tmp_path / "c")
+    made = cache(tmp_path / "c", kind=kind)
     with pytest.raises(CheckpointError, match="damaged"):
         [CachedSamples(random_rows(6), made)[i] for i in range(6)]
     (tmp_path / "c" / file).write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match=r"bytes instead of"):
-        cache(tmp_path / "c")
+        cache(tmp_path / "c", kind=kind)
     record = tmp_path / "c" / "cache.json"
     record.write_text(json.dumps({"version": 1}))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        cache(tmp_path / "c")
+        cache(tmp_path / "c", kind=kind)
 
 
 def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
@@ -143,6 +153,15 @@ def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
         DistillConfig("logit", teacher_cache="token_scores")
     with pytest.raises(ConfigError, match="fused"):
         DistillConfig(teacher_cache="token_scores", fused=False)
+    with pytest.raises(ConfigError, match="cached_logits"):
+        DistillConfig(teacher_cache="top_logits", cached_logits=0)
+    with pytest.raises(ConfigError, match="soften"):
+        DistillConfig(losses=[{"kind": "logit", "temperature": 2.0}], teacher_cache="top_logits")
+    with pytest.raises(ConfigError, match="vocabulary of 97"):
+        TSLDTrainer(
+            model=copy.deepcopy(ternary("llama")[0]), teacher=build("llama", seed=7), train_dataset=random_rows(4),
+            distill=DistillConfig(teacher_cache="top_logits", cached_logits=98), args=arguments(tmp_path / "t"),
+        )  # fmt: skip
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("something")
     with pytest.raises(CheckpointError, match="not empty"):

@@ -50,19 +50,25 @@ class TernaryWeight:
             `absmean`: s = mean|w|, code = round(w / s) clipped to [-1, 1] (BitNet b1.58, arXiv 2402.17764, section 2).
             `pact`: s = gamma * mean|w| with gamma learned (QuantGPT, arXiv 2203.10705, section 3.2).
             `lsq`: s learned with LSQ's gradient scaling (Esser et al., arXiv 1902.08153, section 2.2).
+            `seq`: s learned, gradients as in stretched elastic quantisation (ParetoQ, arXiv 2502.02631).
         granularity: weights that share one scale: the whole `tensor`, an output `channel`, or a `group` of
             `group_size` consecutive input features of one output channel.
         clip_init: first gamma of `pact` (default 1.5, near the best ternary quantiser of Gaussian weights).
+        dead_zone_bias: factor of Tequila (arXiv 2509.23809; its default 1e-3): the weights that become 0 add this many
+            times their sum to the bias of their output channel, so that they get a gradient of their own. `convert`
+            folds the sum into the layer's bias. None: no such bias.
     """
 
-    scale: Literal["twn", "absmean", "pact", "lsq"] = "twn"
+    scale: Literal["twn", "absmean", "pact", "lsq", "seq"] = "twn"
     granularity: Granularity = "channel"
     group_size: int | None = None
     clip_init: float | None = None
+    dead_zone_bias: float | None = None
 
     def __post_init__(self) -> None:
-        _choose("TernaryWeight", "scale", self.scale, ("twn", "absmean", "pact", "lsq"))
+        _choose("TernaryWeight", "scale", self.scale, ("twn", "absmean", "pact", "lsq", "seq"))
         _check_group("TernaryWeight", self.granularity, self.group_size)
+        check_positive("TernaryWeight", "dead_zone_bias", self.dead_zone_bias)
         _check_clip("TernaryWeight", self.scale, self.clip_init)
 
     @property
@@ -91,6 +97,8 @@ class AffineWeight:
         scale: `minmax`: the range of the weights, always with 0 in it (absolute maximum when symmetric).
             `pact`: the range is cut at +-gamma * mean|w| with gamma learned (QuantGPT, arXiv 2203.10705).
             `lsq`: s learned (arXiv 1902.08153), first value from the range; the zero point stays as first found.
+            `seq`: the four levels -3, -1, 1, 3 times a learned s, ParetoQ's 2-bit quantiser (arXiv 2502.02631); it has
+            no zero level and is stored in 4 bits, symmetric.
         granularity, group_size: as in `TernaryWeight`.
         clip_init: first gamma of `pact` (default 4.0 for 4 bits, 5.0 for 8 bits). `prepare` warns where
             it saturates more than 1 % of a layer's weights.
@@ -98,15 +106,20 @@ class AffineWeight:
 
     bits: Literal[4, 8] = 4
     symmetric: bool = False
-    scale: Literal["minmax", "pact", "lsq"] = "minmax"
+    scale: Literal["minmax", "pact", "lsq", "seq"] = "minmax"
     granularity: Granularity = "channel"
     group_size: int | None = None
     clip_init: float | None = None
 
     def __post_init__(self) -> None:
         _choose("AffineWeight", "bits", self.bits, (4, 8))
-        _choose("AffineWeight", "scale", self.scale, ("minmax", "pact", "lsq"))
+        _choose("AffineWeight", "scale", self.scale, ("minmax", "pact", "lsq", "seq"))
         _choose("AffineWeight", "symmetric", self.symmetric, (True, False))
+        if self.scale == "seq" and (self.bits, self.symmetric) != (4, True):
+            raise ConfigError(
+                f"AffineWeight: scale='seq' has four levels of the symmetric 4-bit range, got bits={self.bits} and "
+                f"symmetric={self.symmetric}. Give bits=4, symmetric=True."
+            )
         _check_group("AffineWeight", self.granularity, self.group_size)
         _check_clip("AffineWeight", self.scale, self.clip_init)
 

@@ -79,7 +79,7 @@ def cached_attention(
 
     Args:
         q: [B, T, heads, D]; k, v: [B, T, kv_heads, D], before the rotary embedding.
-        cos, sin: [B, T, D], or None for no rotary embedding.
+        cos, sin: [B, T, D]; or of every position, [L, D]; or None for no rotary embedding.
         positions: int64 [B, T]: where each token goes; it attends to everything at and before its position.
         key_cache, value_cache: [>= B, kv_heads, L, D], written at the positions.
         scratch: float32, for the kernels; unused here.
@@ -88,6 +88,8 @@ def cached_attention(
     Returns:
         [B, T, heads, D].
     """
+    if cos is not None and sin is not None and cos.dim() == 2:
+        cos, sin = cos[positions], sin[positions]
     q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
     v = v.transpose(1, 2)
     batch, tokens = positions.shape

@@ -70,9 +70,12 @@ class DistillConfig:
         cuda_graph: replay forward and backward pass as one CUDA graph, which small models need to keep a GPU busy.
             For batches of one shape on one GPU, without gradient accumulation, fp16 or torch_compile; else ignored.
         teacher_cache: keep on disk what the teacher says about each training sample, so that epochs after the first
-            save its pass for the token scales (`token_scores`, 4 bytes a token) or all of it but the head
-            (`hidden_states`, 2 or 4 bytes a token and hidden unit). For data sets with a length and samples of one
-            length that are the same in each epoch.
+            save its pass for the token scales (`token_scores`, 4 bytes a token), all of it but the head
+            (`hidden_states`, 2 or 4 bytes a token and hidden unit), or all of it (`top_logits`, 6 bytes a token and
+            kept logit; soft losses then compare with the most likely tokens and the rest as one, in every epoch: see
+            `tsld_fx.top_logits` for the bias). For data sets with a length and samples of one length that are the
+            same in each epoch.
+        cached_logits: most likely tokens that `top_logits` keeps.
         cache_folder: where; None means `teacher_cache` in the Trainer's output folder. Runs on the same data with the
             same teacher can share it.
     """
@@ -84,7 +87,8 @@ class DistillConfig:
     separate_documents: bool = False
     fused: bool = True
     cuda_graph: bool = False
-    teacher_cache: Literal["token_scores", "hidden_states"] | None = None
+    teacher_cache: Literal["token_scores", "hidden_states", "top_logits"] | None = None
+    cached_logits: int = 64
     cache_folder: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,9 +98,18 @@ class DistillConfig:
             if not self.losses:
                 raise ConfigError("DistillConfig: losses is empty. Give at least one LossTerm or use method=.")
             object.__setattr__(self, "losses", tuple(_as_term(term) for term in self.losses))
-        if self.teacher_cache not in (None, "token_scores", "hidden_states"):
+        if self.teacher_cache not in (None, "token_scores", "hidden_states", "top_logits"):
             raise ConfigError(
-                f"DistillConfig: teacher_cache={self.teacher_cache!r} is not 'token_scores' or 'hidden_states'."
+                f"DistillConfig: teacher_cache={self.teacher_cache!r} is not 'token_scores', 'hidden_states' or "
+                "'top_logits'."
+            )
+        if not isinstance(self.cached_logits, int) or isinstance(self.cached_logits, bool) or self.cached_logits < 1:
+            raise ConfigError(f"DistillConfig: cached_logits must be a positive number, got {self.cached_logits!r}.")
+        softened = [t for t in self.terms() if t.kind == "logit" and t.temperature not in (None, 1.0)]
+        if self.teacher_cache == "top_logits" and softened:
+            raise ConfigError(
+                "DistillConfig: teacher_cache='top_logits' keeps probabilities, which no temperature of a logit loss "
+                f"can soften (got {softened[0].temperature!r}). Use teacher_cache='hidden_states'."
             )
         if self.teacher_cache == "token_scores" and all(term.kind != "tsld" for term in self.terms()):
             raise ConfigError("DistillConfig: only TSLD has token scores. Use teacher_cache='hidden_states'.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsld_fx.fused_loss_rows import RowLosses, RowWeights, cross_entropy_rows, loss_rows
+from tsld_fx.fused_loss_rows import RowLosses, RowWeights, TopRows, cross_entropy_rows, loss_rows
 from tsld_fx.loss_checks import IGNORE
 from tsld_fx.losses import scales_of_scores
 
@@ -79,7 +79,7 @@ class HeadLossRun:
     """One evaluation of an objective over a batch."""
 
     student: Head
-    teacher: Head | None
+    teacher: Head | TopRows | None
     labels: Tensor
     segment_ids: Tensor | None
     objective: Objective
@@ -133,12 +133,14 @@ class HeadLossRun:
         found = scores[:, :-1].contiguous() if finds and scores is not None else terms.new_empty(0)
         return loss, terms, found, *gradients.results()
 
-    def teacher_logits(self, here: slice) -> Tensor | None:
-        return None if self.teacher is None else self.teacher.logits(here)
+    def teacher_logits(self, here: slice) -> Tensor | TopRows | None:
+        if isinstance(self.teacher, Head):
+            return self.teacher.logits(here)
+        return None if self.teacher is None else self.teacher.part(here)
 
-    def score(self, here: slice, logits: Tensor | None, scores: Tensor | None) -> None:
+    def score(self, here: slice, logits: Tensor | TopRows | None, scores: Tensor | None) -> None:
         """Write the teacher's cross-entropy of a slice of the tokens."""
-        assert logits is not None and scores is not None
+        assert isinstance(logits, Tensor) and scores is not None
         scores.view(-1)[here] = cross_entropy_rows(logits, self.targets.view(-1)[here])
 
     def shares(self, here: slice, scores: Tensor | None) -> list[Tensor]:

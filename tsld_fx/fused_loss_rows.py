@@ -41,6 +41,19 @@ class RowWeights:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True)
+class TopRows:
+    """The top of a teacher's distribution (see `top_logits.TopLogits`): [rows, k], [rows, k] and [rows]."""
+
+    indices: Tensor
+    log_probs: Tensor
+    rest: Tensor
+
+    def part(self, here: slice) -> TopRows:
+        """Some of the rows."""
+        return TopRows(self.indices[here], self.log_probs[here], self.rest[here])
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the dtype that losses are computed in: float32, or float64 kept."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -65,10 +78,10 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor) -> Tensor:
         from tsld_fx.fused_loss_triton import cross_entropy_rows as kernel
 
         return kernel(logits, targets)
-    return _hard(wide(logits), targets)[0]
+    return hard_loss(wide(logits), targets)[0]
 
 
-def _hard(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def hard_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy, log of the partition function and the targets as valid indices."""
     size = logits.shape[-1]
     partition = torch.logsumexp(logits, dim=-1)
@@ -80,21 +93,26 @@ def _hard(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_rows(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, weights: RowWeights, gradient: bool
+    student: Tensor, teacher: Tensor | TopRows | None, targets: Tensor, weights: RowWeights, gradient: bool
 ) -> RowLosses:
     """Losses of a chunk; with `gradient` the student's logits are overwritten by the objective's gradient.
 
     Args:
-        student, teacher: [rows, V] logits, rows may be strided; teacher is None without soft losses.
+        student, teacher: [rows, V] logits, rows may be strided; teacher is None without soft losses, and may be the
+            top of its distribution.
         targets: [rows] int64, -100 ignored.
         weights: of the rows.
     """
+    if isinstance(teacher, TopRows):
+        from tsld_fx.top_logits import loss_rows_of_top
+
+        return loss_rows_of_top(student, teacher, targets, weights, gradient)
     if _on_triton(student) and (teacher is None or teacher.dtype != torch.float64):
         from tsld_fx.fused_loss_triton import loss_rows as kernel
 
         return kernel(student, teacher, targets, weights, gradient)
     ours = wide(student)
-    hard, partition, index = _hard(ours, targets)
+    hard, partition, index = hard_loss(ours, targets)
     soft = hot = change = None
     if gradient:
         factor = sum(w for w in (weights.hard, weights.soft) if w is not None)

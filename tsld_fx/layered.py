@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from tsld_fx.passes.graph_tools import attribute
-from tsld_fx.passes.split_layers import LAYER, LayeredGraph, layer_calls, split_layers, stage_graph
+from tsld_fx.passes.split_layers import LayeredGraph, layer_calls, split_layers, stage_graph
 
 
 class Layer(nn.Module):
@@ -39,14 +39,17 @@ class Root(nn.Module):
 
     Attributes:
         body: the graph module, with the flat one's inputs and outputs.
+        endings: the same decoder with another end, by name; they read the tensors of `body` and call its layers, so
+            whoever shards or replaces those of `body` serves them too.
     """
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
         self.body = body
+        self.endings: dict[str, fx.GraphModule] = {}
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.body(*inputs, **named)
+    def forward(self, *inputs: Any, ending: str = "", **named: Any) -> Any:
+        return (self.endings[ending] if ending else self.body)(*inputs, **named)
 
 
 class LayeredView:
@@ -65,12 +68,23 @@ class LayeredView:
     """
 
     def __init__(self, graph_module: fx.GraphModule, model: nn.Module) -> None:
-        self._flat, self._model = graph_module, model
+        self._model = model
         self._parts: list[fx.GraphModule] = []
-        self.graphs: LayeredGraph = split_layers(graph_module.graph)
-        self.layers = [Layer(self._module(graph, {})) for graph in self.graphs.layers]
-        calls = {LAYER.format(index): layer for index, layer in enumerate(self.layers)}
-        self.root = Root(self._module(self.graphs.root, calls))
+        self._ends: dict[str, tuple[fx.Graph, fx.GraphModule]] = {}  # root graph, and the flat one with its constants
+        split: LayeredGraph = split_layers(graph_module.graph)
+        self.layers = [Layer(self._module(graph, graph_module, {})) for graph in split.layers]
+        self._ends[""] = split.root, graph_module
+        self.root = Root(self._module(*self._ends[""], self._calls(split.root)))
+
+    def add_ending(self, name: str, graph_module: fx.GraphModule) -> None:
+        """Let the decoder end in another way as well: `root(..., ending=name)`.
+
+        Args:
+            graph_module: the flat graph with that end; its layers are those that are there.
+        """
+        if name and name not in self._ends:
+            self._ends[name] = split_layers(graph_module.graph).root, graph_module
+            self.root.endings[name] = self._module(*self._ends[name], self._calls(self._ends[name][0]))
 
     def graph_modules(self) -> list[fx.GraphModule]:
         """Every graph module made so far, stages too, for passes that change nodes in place."""
@@ -81,19 +95,22 @@ class LayeredView:
         for layer in self.layers:
             layer.recompute = mode
 
-    def stage(self, first: int, last: int) -> fx.GraphModule:
-        """Layers first .. last - 1 as a pipeline stage (see `stage_graph`)."""
-        graph = stage_graph(self.graphs.root, first, last)
-        calls = {str(n.target): self.layers[int(str(n.target).rpartition("_")[2])] for n in layer_calls(graph)}
-        return self._module(graph, calls)
+    def stage(self, first: int, last: int, ending: str = "") -> fx.GraphModule:
+        """Layers first .. last - 1 as a pipeline stage (see `stage_graph`), of the decoder that ends in some way."""
+        root, flat = self._ends[ending]
+        graph = stage_graph(root, first, last)
+        return self._module(graph, flat, self._calls(graph))
 
-    def _module(self, graph: fx.Graph, calls: dict[str, Layer]) -> fx.GraphModule:
+    def _calls(self, graph: fx.Graph) -> dict[str, Layer]:
+        return {str(n.target): self.layers[int(str(n.target).rpartition("_")[2])] for n in layer_calls(graph)}
+
+    def _module(self, graph: fx.Graph, flat: fx.GraphModule, calls: dict[str, Layer]) -> fx.GraphModule:
         """A graph module over windows onto the model: it holds what its graph reads and nothing else."""
         names = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
         base = windows(self._model, [n for n in names if "." in n])
         for name in names:
             if "." not in name:  # a constant of the capture
-                base.register_buffer(name, attribute(self._flat, name), persistent=False)
+                base.register_buffer(name, attribute(flat, name), persistent=False)
         for name, layer in calls.items():
             base.add_module(name, layer)
         module = fx.GraphModule(base, graph, class_name=f"{type(self._model).__name__}Part")

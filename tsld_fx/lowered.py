@@ -137,6 +137,7 @@ class _Layer:
     bits: int
     group_size: int
     in_features: int
+    bias: Tensor | None
 
 
 def convert(
@@ -172,7 +173,7 @@ def convert(
     snapshot = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))  # containers of its own
     snapshot = run_passes(snapshot, convert_pipeline(), listener)
     layers = _packed_layers(snapshot)
-    modules = {name: _module(layer, _bias(prepared, name)) for name, layer in layers.items()}
+    modules = {name: _module(layer) for name, layer in layers.items()}
     lowered = _clone(prepared, "", modules, {})
     lowered = _as_lowered(lowered, type(prepared).__mro__[2])
     lowered.config = _config(prepared, modules, activations)
@@ -186,18 +187,15 @@ def convert(
 def _packed_layers(graph_module: fx.GraphModule) -> dict[str, _Layer]:
     layers = {}
     for node in calls(graph_module.graph, torch.ops.tsld.lowbit_linear.default):
-        packed, scale, zero = (None if a is None else attribute(graph_module, a.target) for a in node.args[1:4])
+        packed, scale, zero, bias = (None if a is None else attribute(graph_module, a.target) for a in node.args[1:5])
         name = module_path(node) or str(node.args[1].target).rpartition(".")[0]
-        layers[name] = _Layer(packed, scale, zero, *node.args[5:])
+        bits, group_size, in_features = node.args[5:]
+        layers[name] = _Layer(packed, scale, zero, bits, group_size, in_features, bias)
     return layers
 
 
-def _bias(model: nn.Module, name: str) -> Tensor | None:
-    return getattr(model.get_submodule(name), "bias", None)
-
-
-def _module(layer: _Layer, bias: Tensor | None) -> LowBitLinear:
-    rows = layer.packed.shape[0]
+def _module(layer: _Layer) -> LowBitLinear:
+    rows, bias = layer.packed.shape[0], layer.bias
     module = LowBitLinear(
         layer.in_features, rows, layer.bits, layer.group_size,
         zero=layer.zero is not None, bias=bias is not None, device="meta",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tsld_fx import cpu_linear, cuda_linear, packing, quantizers, weight_cache
+from tsld_fx import cpu_linear, cuda_linear, dead_zone, packing, quantizers, weight_cache
 from tsld_fx.errors import BackendError
 
 torch.library.define(
@@ -28,6 +28,10 @@ torch.library.define(  # fake_quant rounded to another dtype, which autocast ask
 torch.library.define(
     "tsld::learned_clip",
     "(Tensor weight, Tensor gamma, int bits, bool symmetric, int group_size) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "tsld::dead_zone_bias",
+    "(Tensor weight, Tensor? scale, Tensor? bias, str scheme, int group_size, float factor) -> Tensor",
 )
 torch.library.define(
     "tsld::dequantize_weight",
@@ -135,6 +139,35 @@ def _learned_clip_backward(ctx: Any, grad_scale: Tensor, _grad_zero: Any) -> tup
 
 
 torch.library.register_autograd("tsld::learned_clip", _learned_clip_backward, setup_context=_learned_clip_context)
+
+
+# ---------------------------------------------------------------- tsld::dead_zone_bias
+@torch.library.impl("tsld::dead_zone_bias", "default")
+def _dead_zone_bias(
+    weight: Tensor, scale: Tensor | None, bias: Tensor | None, scheme: str, group_size: int, factor: float
+) -> Tensor:
+    return dead_zone.bias_of_dead_weights(weight, scale, bias, scheme, group_size, factor)
+
+
+@torch.library.register_fake("tsld::dead_zone_bias")
+def _(weight: Tensor, scale: Any, bias: Any, scheme: str, group_size: int, factor: float) -> Tensor:
+    return weight.new_empty(weight.shape[0])
+
+
+def _dead_zone_bias_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    weight, scale, bias, ctx.scheme, ctx.group_size, ctx.factor = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(weight, scale)
+
+
+def _dead_zone_bias_backward(ctx: Any, grad: Tensor) -> tuple:
+    weight, scale = ctx.saved_tensors
+    dead = dead_zone.is_dead(weight, scale, ctx.scheme, ctx.group_size)
+    grad_weight = (dead * (grad * ctx.factor).unsqueeze(1)).to(weight.dtype)
+    return grad_weight, None, grad if ctx.has_bias else None, None, None, None
+
+
+torch.library.register_autograd("tsld::dead_zone_bias", _dead_zone_bias_backward, setup_context=_dead_zone_bias_context)
 
 
 # ---------------------------------------------------------------- tsld::dequantize_weight

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,12 +22,14 @@ from tsld_fx.errors import CheckpointError, ConfigError, DataError
 from tsld_fx.fused_loss import HeadLoss
 from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.layered import LayeredView
+from tsld_fx.passes import split_off_head
 from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
 from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
 from tsld_fx.passes.pipelines import prepare_pipeline
 from tsld_fx.passes.retarget_device import RetargetDevice
 from tsld_fx.passes.runner import Listener, run_passes
 from tsld_fx.passes.set_dropout import SetDropout
+from tsld_fx.passes.split_off_head import SplitOffHead
 
 logger = logging.getLogger(__name__)
 LEARNED_LEAVES = ("weight_scale", "weight_clip")
@@ -41,7 +43,8 @@ _HARMLESS = {
 }
 
 
-Key = tuple[bool, str]  # with positions; the objective whose losses are in the graph, "" for logits
+Ending = Objective | Literal["head_input"] | None  # how a graph ends: losses, the head's input, or logits
+Key = tuple[bool, str]  # with positions; the name of the ending
 
 
 @dataclass
@@ -64,6 +67,14 @@ class PreparedOutput(ModelOutput):
     token_scores: Tensor | None = None
 
 
+class HeadInput(NamedTuple):
+    """What the head of a model reads: hidden states [B, T, H], weight [V, H], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 @dataclass
 class _State:
     """The graphs of one prepared model; all of them read the model's own parameters."""
@@ -75,7 +86,7 @@ class _State:
     graphs: dict[Key, fx.GraphModule] = field(default_factory=dict)
     layered: bool = False  # run by layers, not as the flat graph
     recompute: bool = False  # layers are computed again in the backward pass
-    views: dict[Key, LayeredView] = field(default_factory=dict)  # the same graphs by layers
+    views: dict[bool, LayeredView] = field(default_factory=dict)  # by layers, without and with positions
 
     def graph_modules(self) -> list[fx.GraphModule]:
         return [*self.graphs.values(), *(part for view in self.views.values() for part in view.graph_modules())]
@@ -119,22 +130,11 @@ class PreparedModel(PreTrainedModel):
             DataError: inputs that do not fit the model.
         """
         _check_inputs(self, input_ids, kwargs)
-        assert input_ids is not None
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        arguments = [input_ids, attention_mask]
-        with_positions = position_ids is not None and takes_positions(self)
-        if with_positions and position_ids is not None:
-            arguments.append(position_ids.expand_as(input_ids))
-        self._follow_device(input_ids.device)
-        objective = None if head_loss is None else head_loss.objective
-        run = self.layer_view(with_positions, objective).root if self._tsld.layered else None
-        run = run or self._graph(with_positions, objective)
         if head_loss is not None:
-            values = run(*arguments, **head_loss.tensors())
+            values = self._run(head_loss.objective, input_ids, attention_mask, position_ids, head_loss.tensors())
             taps = {tap: _tapped(values, tap) for tap in ("hidden_states", "attention_scores")}
             return PreparedOutput(**{k: values[k] for k in ("loss", "loss_terms", "token_scores")}, **taps)
-        values = run(*arguments)
+        values = self._run(None, input_ids, attention_mask, position_ids, {})
         loss = None if labels is None else losses.ground_truth(values["logits"], labels)
         return PreparedOutput(
             loss=loss,
@@ -142,6 +142,27 @@ class PreparedModel(PreTrainedModel):
             hidden_states=_tapped(values, "hidden_states"),
             attention_scores=_tapped(values, "attention_scores"),
         )
+
+    def head_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HeadInput:
+        """Run the graph up to its head, for a model whose `fuse_head_loss` is possible."""
+        _check_inputs(self, input_ids, {})
+        values = self._run("head_input", input_ids, attention_mask, None, {})
+        return HeadInput(*(values[name] for name in split_off_head.RESULTS))
+
+    def _run(
+        self, ending: Ending, input_ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, named: Any
+    ) -> Any:
+        """Call the graph with that ending, by layers where the model runs so."""
+        assert input_ids is not None
+        arguments = [input_ids, torch.ones_like(input_ids) if mask is None else mask]
+        with_positions = positions is not None and takes_positions(self)
+        if with_positions and positions is not None:
+            arguments.append(positions.expand_as(input_ids))
+        self._follow_device(input_ids.device)
+        if not self._tsld.layered:
+            return self._graph(with_positions, ending)(*arguments, **named)
+        view = self.layer_view(with_positions, ending)
+        return view.root(*arguments, **named, **({"ending": ending_name(ending)} if ending else {}))
 
     def train(self, mode: bool = True) -> PreparedModel:
         """Switch dropout in the modules and in the graphs."""
@@ -214,17 +235,19 @@ class PreparedModel(PreTrainedModel):
         for view in self._tsld.views.values():
             view.recompute(mode)
 
-    def layer_view(self, with_positions: bool = False, objective: Objective | None = None) -> LayeredView:
-        """The graph cut into layers, which gradient checkpointing, FSDP and pipelines run.
+    def layer_view(self, with_positions: bool = False, ending: Ending = None) -> LayeredView:
+        """The graph cut into layers, which gradient checkpointing, FSDP and pipelines run; it has that ending too.
 
         Raises:
             PassError: the graph cannot be cut into layers.
         """
-        state, key = self._tsld, (with_positions, "" if objective is None else objective.key)
-        if key not in state.views:
-            state.views[key] = view = LayeredView(self._graph(with_positions, objective), self)
-            view.recompute(state.recompute)
-        return state.views[key]
+        views = self._tsld.views
+        if with_positions not in views:
+            views[with_positions] = LayeredView(self._graph(with_positions), self)
+            views[with_positions].recompute(self._tsld.recompute)
+        if ending is not None:
+            views[with_positions].add_ending(ending_name(ending), self._graph(with_positions, ending))
+        return views[with_positions]
 
     def fuse_head_loss(self, objective: Objective) -> bool:
         """Make the graph whose head and losses are one operator (see `FuseHeadLoss`), for `head_loss` in forward.
@@ -234,18 +257,20 @@ class PreparedModel(PreTrainedModel):
         """
         return "loss" in self._graph(False, objective).graph.output_node().args[0]
 
-    def _graph(self, with_positions: bool, objective: Objective | None = None) -> fx.GraphModule:
-        key = (with_positions, "" if objective is None else objective.key)
+    def _graph(self, with_positions: bool, ending: Ending = None) -> fx.GraphModule:
+        key = (with_positions, ending_name(ending))
         if key not in self._tsld.graphs:
-            self._tsld.graphs[key] = self._new_graph(with_positions, objective)
+            self._tsld.graphs[key] = self._new_graph(with_positions, ending)
         return self._tsld.graphs[key]
 
-    def _new_graph(self, with_positions: bool, objective: Objective | None) -> fx.GraphModule:
+    def _new_graph(self, with_positions: bool, ending: Ending) -> fx.GraphModule:
         state = self._tsld
-        if objective is not None:
+        if ending is not None:
             base = self._graph(with_positions)
             twin = attach(copy.deepcopy(base.graph), self, base)
-            return run_passes(twin, [FuseHeadLoss(objective.kinds, objective.weights, objective.temperatures)])
+            if isinstance(ending, str):
+                return run_passes(twin, [SplitOffHead()])
+            return run_passes(twin, [FuseHeadLoss(ending.kinds, ending.weights, ending.temperatures)])
         graph_module = capture(self._captured(), with_positions=with_positions, listener=state.listener)
         passes = prepare_pipeline(state.config or QuantConfig(weight=None), state.taps, _output_name(self))
         graph_module = run_passes(graph_module, passes, state.listener)
@@ -332,6 +357,11 @@ def graph_model(
     wrapped.__dict__["_tsld"] = _State(config, taps, device, listener)
     wrapped._graph(False)
     return wrapped
+
+
+def ending_name(ending: Ending) -> str:
+    """The name of an ending in `Root.forward` and `LayeredView.stage`; "" for logits."""
+    return (ending if isinstance(ending, str) else ending.key) if ending else ""
 
 
 @cache

@@ -13,12 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from tsld_fx import stretched_elastic
 from tsld_fx.errors import ConfigError
 
 TWN_THRESHOLD = 0.7  # Li et al., arXiv 1605.04711, eq. 6
-LEARNED = ("pact", "lsq")
+LEARNED = ("pact", "lsq", "seq")
 SCHEMES = ("twn", "absmean", "minmax", "absmax", *LEARNED)
-_BITS_OF_SCHEME = {"twn": (2,), "absmean": (2,), "minmax": (4, 8), "absmax": (4, 8)}
+_BITS_OF_SCHEME = {"twn": (2,), "absmean": (2,), "minmax": (4, 8), "absmax": (4, 8), "seq": (2, 4)}
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,18 @@ def dynamic_scale(lines: Tensor, scheme: str, bits: int) -> tuple[Tensor, Tensor
     return range_scale(low, high, bits)
 
 
-def initial_scale(weight: Tensor, bits: int, symmetric: bool, group_size: int) -> tuple[Tensor, Tensor | None]:
-    """First values of a learned scale (LSQ): TWN's for ternary, the range's otherwise; zero point uint8 or None."""
+def initial_scale(
+    weight: Tensor, bits: int, symmetric: bool, group_size: int, scheme: str = "lsq"
+) -> tuple[Tensor, Tensor | None]:
+    """First values of a learned scale and its zero point, uint8 or None.
+
+    LSQ: TWN's scale for ternary, the range's otherwise. SEQ: see `stretched_elastic.first_scale`.
+    """
+    shape = scale_shape(weight.shape[0], weight.shape[1], group_size)
+    if scheme == "seq":
+        return stretched_elastic.first_scale(as_lines(weight, group_size), bits).reshape(shape), None
     scheme = "twn" if bits == 2 else ("absmax" if symmetric else "minmax")
     scale, zero = dynamic_scale(as_lines(weight, group_size), scheme, bits)
-    shape = scale_shape(weight.shape[0], weight.shape[1], group_size)
     return scale.reshape(shape), None if zero is None else zero.reshape(shape).to(torch.uint8)
 
 
@@ -187,6 +195,8 @@ def levels_and_scale(
     else:
         found = scale.to(lines.dtype).reshape(-1, 1)
         point = None if zero is None else zero.to(lines.dtype).reshape(-1, 1)
+    if scheme == "seq":
+        return stretched_elastic.levels(lines, _nonzero(found), bits), found, None
     low, high = bounds(bits, point)
     levels = (lines / _nonzero(found)).round_()
     levels = levels.clamp_(low, high) if point is None else torch.clamp(levels, low, high)
@@ -213,7 +223,8 @@ def fake_quantize(
     """
     check_scheme(scheme, bits)
     scale_shape(weight.shape[0], weight.shape[1], group_size)
-    if on_triton(weight, group_size) and (scheme == "twn" or scale is not None or scheme not in LEARNED):
+    known = (scheme == "twn" or scale is not None or scheme not in LEARNED) and (scheme, bits) != ("seq", 4)
+    if known and on_triton(weight, group_size):
         from tsld_fx.fake_quant_triton import fake_quantize as kernel
 
         return kernel(weight, scale, zero, scheme, bits, group_size, dtype)[0]
@@ -250,17 +261,20 @@ def straight_through(
     Schemes that find their scale in the weights pass the gradient on unchanged. With a learned scale (`pact`, `lsq`)
     it passes where the weight is inside the clip, and the scale receives
     sum(grad * (level - w/s inside, bound outside)) (LSQ, arXiv 1902.08153, eq. 3; QuantGPT, arXiv 2203.10705, eq. 6),
-    times 1 / sqrt(elements * Qp) for `lsq` (section 2.2).
+    times 1 / sqrt(elements * Qp) for `lsq` (section 2.2). For `seq` see `stretched_elastic`.
     """
     if scale is None or scheme not in LEARNED:
         return grad, None
-    if on_triton(weight, group_size):
+    if scheme != "seq" and on_triton(weight, group_size):
         from tsld_fx.fake_quant_triton import straight_through as kernel
 
         return kernel(grad, weight, scale, zero, scheme, bits, group_size)
     lines = as_lines(weight, group_size)
     grads = as_lines(grad, group_size).to(lines.dtype)
     found = _nonzero(scale.to(lines.dtype).reshape(-1, 1))
+    if scheme == "seq":
+        through, change = stretched_elastic.straight_through(grads, lines, found, bits)
+        return through.reshape(weight.shape).to(weight.dtype), change.reshape(scale.shape).to(scale.dtype)
     point = None if zero is None else zero.to(lines.dtype).reshape(-1, 1)
     low, high = bounds(bits, point)
     ratio = lines / found

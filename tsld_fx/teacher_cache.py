@@ -1,7 +1,8 @@
 """What a frozen teacher says about each training sample, on disk: computed in the first epoch, read in the others.
 
-A cache is a folder: `cache.json` says what it is made of (data, teacher, shapes), `scores.bin` and `hidden.bin` hold
-one row per sample, memory-mapped, and `rows.bin` each row's checksum and the fingerprint of the sample it belongs to.
+A cache is a folder: `cache.json` says what it is made of (data, teacher, shapes), `scores.bin`, `hidden.bin` and
+`top_*.bin` hold one row per sample, memory-mapped, and `rows.bin` each row's checksum and the fingerprint of the sample
+it belongs to.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from torch.utils.data import Dataset
 from tsld_fx.errors import CheckpointError, ConfigError, DataError
 from tsld_fx.runs import whole_folder, write_json
 
-VERSION = 1
-KINDS = ("token_scores", "hidden_states")
-FIELDS = ("tsld_sample", "tsld_print", "tsld_row")  # what `CachedSamples` adds to an item
+VERSION = 2
+KINDS = ("token_scores", "hidden_states", "top_logits")
+TOP = ("top_indices", "top_log_probs", "top_rest")  # of a batch, and the files
 _ROW = np.dtype([("fingerprint", "<u8"), ("checksum", "<u4"), ("filled", "<u4")])
 _PROBES = 64  # samples that are compared when a cache is opened; each one is compared again when it is read
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,10 +34,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """A sample's row: `scores` float32 [T - 1], the teacher's cross-entropy; `hidden` [T, H], its head's input."""
+    """A sample's row.
+
+    Attributes:
+        scores: float32 [T - 1], the teacher's cross-entropy.
+        hidden: [T, H], its head's input, where hidden states are kept.
+        top: `indices` [T, k], `log_probs` [T, k] and `rest` [T] of `TopLogits`, where these are kept.
+    """
 
     scores: Tensor
-    hidden: Tensor | None
+    hidden: Tensor | None = None
+    top: tuple[Tensor, ...] | None = None
 
 
 class TeacherCache:
@@ -44,10 +52,12 @@ class TeacherCache:
 
     Args:
         folder: made with the first rows; an existing one is checked and continued.
-        kind: `token_scores` (4 bytes a token) or `hidden_states` (these too, and no teacher runs any more).
+        kind: `token_scores` (4 bytes a token), `hidden_states` (these too, and no teacher runs any more) or
+            `top_logits` (scores and the most likely tokens: not even the teacher's head runs any more).
         data: the training samples, all of one length.
         teacher: its content is part of the cache's identity.
         scored: whether the scores are kept (an objective with TSLD) or zeros stand for them.
+        count: most likely tokens kept by `top_logits`.
 
     Raises:
         ConfigError, DataError: an unknown kind, samples that cannot be cached, or a folder made for other data or by
@@ -56,15 +66,21 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, kind: str, data: Dataset[Any], teacher: nn.Module, scored: bool = True
+        self,
+        folder: str | Path,
+        kind: str,
+        data: Dataset[Any],
+        teacher: nn.Module,
+        scored: bool = True,
+        count: int = 0,
     ) -> None:
         if kind not in KINDS:
             raise ConfigError(f"teacher_cache={kind!r} is not one of {', '.join(KINDS)}.")
         self.folder, self.kind = Path(folder), kind
-        count = len(data) if hasattr(data, "__len__") and hasattr(data, "__getitem__") else 0  # type: ignore[arg-type]
-        if not count:
+        samples = len(data) if hasattr(data, "__len__") and hasattr(data, "__getitem__") else 0  # type: ignore[arg-type]
+        if not samples:
             raise DataError("teacher_cache: samples are found again by their number; give a data set with a length.")
-        picked = sorted({i * (count - 1) // max(_PROBES - 1, 1) for i in range(_PROBES)})
+        picked = sorted({i * (samples - 1) // max(_PROBES - 1, 1) for i in range(_PROBES)})
         probes = [data[i] for i in picked]
         lengths = {len(item["input_ids"]) for item in probes}
         if len(lengths) > 1:
@@ -73,12 +89,13 @@ class TeacherCache:
             )
         digest = hashlib.sha256(b"".join(fingerprint(item).to_bytes(8, "little") for item in probes)).hexdigest()
         self.identity: dict[str, Any] = {
-            "version": VERSION, "kind": kind, "samples": count, "tokens": lengths.pop(), "data": digest,
+            "version": VERSION, "kind": kind, "samples": samples, "tokens": lengths.pop(), "data": digest,
             "teacher": teacher_digest(teacher), "scored": scored,
         }  # fmt: skip
+        if kind == "top_logits":
+            self.identity["count"] = count
         self._rows: Any = None
-        self._scores: Any = None
-        self._hidden: Any = None
+        self._values: dict[str, Any] = {}  # memory maps by name, one row per sample
         self._dtype = torch.float32
         self.opened()
 
@@ -106,11 +123,14 @@ class TeacherCache:
                     f"{self.folder}: the teacher cache was made for another run: {name} is {stored.get(name)!r} there "
                     f"and {value!r} here. Delete the folder, or choose another cache folder."
                 )
-        self._scores = self._map("scores.bin", np.float32, shapes["scores"])
-        if shapes["hidden"]:
-            self._hidden = self._map("hidden.bin", _numpy_dtype(self._dtype), shapes["hidden"])
+        self._values = {name: self._map(f"{name}.bin", self._stored(name), shape) for name, shape in shapes.items()}
         self._rows = self._map("rows.bin", _ROW, [self.identity["samples"]])
         return True
+
+    def _stored(self, name: str) -> Any:
+        """The dtype of a file's values."""
+        fixed = {"scores": np.float32, "top_indices": np.int32, "top_log_probs": np.float16, "top_rest": np.float32}
+        return fixed.get(name) or _numpy_dtype(self._dtype)
 
     def _map(self, name: str, dtype: Any, shape: Sequence[int]) -> Any:
         file, size = self.folder / name, int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -120,27 +140,41 @@ class TeacherCache:
         return np.memmap(file, dtype=dtype, mode="r+", shape=tuple(shape))
 
     def _create(self, hidden: Tensor | None) -> None:
-        count, tokens = self.identity["samples"], self.identity["tokens"]
+        samples, tokens = self.identity["samples"], self.identity["tokens"]
         self._dtype = torch.float32 if hidden is None else hidden.dtype
-        wide = None if hidden is None else [count, tokens, hidden.shape[-1]]
-        shapes = {"scores": [count, tokens - 1], "hidden": wide}
-        sizes = {"scores.bin": count * (tokens - 1) * 4, "rows.bin": count * _ROW.itemsize}
-        if wide is not None:
-            sizes["hidden.bin"] = int(np.prod(wide)) * self._dtype.itemsize
+        shapes = {"scores": [samples, tokens - 1]}
+        if hidden is not None:
+            shapes["hidden"] = [samples, tokens, hidden.shape[-1]]
+        if self.kind == "top_logits":
+            count = self.identity["count"]
+            shapes |= {
+                "top_indices": [samples, tokens, count],
+                "top_log_probs": [samples, tokens, count],
+                "top_rest": [samples, tokens],
+            }
+        sizes = {f"{n}.bin": int(np.prod(shape)) * np.dtype(self._stored(n)).itemsize for n, shape in shapes.items()}
         with whole_folder(self.folder) as folder:
-            for name, size in sizes.items():
+            for name, size in {**sizes, "rows.bin": samples * _ROW.itemsize}.items():
                 with (folder / name).open("wb") as file:
                     os.truncate(file.fileno(), size)
             dtype = str(self._dtype).removeprefix("torch.")
             write_json(folder / "cache.json", {**self.identity, "shapes": shapes, "dtype": dtype})
         self.opened()
 
-    def put(self, samples: Sequence[int], prints: Sequence[int], scores: Tensor, hidden: Tensor | None) -> None:
+    def put(
+        self,
+        samples: Sequence[int],
+        prints: Sequence[int],
+        scores: Tensor,
+        hidden: Tensor | None = None,
+        top: Sequence[Tensor] | None = None,
+    ) -> None:
         """Write the rows of some samples.
 
         Args:
             prints: fingerprints of the samples, as signed 64-bit integers.
             scores: [B, T - 1]; hidden: [B, T, H] where the cache keeps hidden states.
+            top: [B, T, k], [B, T, k] and [B, T] where it keeps the most likely tokens.
         """
         hidden = hidden.detach().cpu() if hidden is not None and self.kind == "hidden_states" else None
         if scores.shape[1] != self.identity["tokens"] - 1:
@@ -150,16 +184,21 @@ class TeacherCache:
             )
         if not self.opened():
             self._create(hidden)
-        rows = scores.detach().float().cpu().numpy()
+        rows = {"scores": scores.detach().float().cpu().numpy()}
+        if hidden is not None:
+            rows["hidden"] = _as_numpy(hidden.to(self._dtype))
+        if top is not None:
+            rows |= {name: t.detach().cpu().numpy() for name, t in zip(TOP, top, strict=True)}
         for place, (sample, mark) in enumerate(zip(samples, prints, strict=True)):
-            self._scores[sample] = rows[place]
-            if hidden is not None:
-                self._hidden[sample] = _as_numpy(hidden[place].to(self._dtype))
+            for name, values in rows.items():
+                self._values[name][sample] = values[place]
             self._rows[sample] = (mark % 2**64, self._checksum(sample), 1)
 
     def _checksum(self, sample: int) -> int:
-        value = zlib.crc32(self._scores[sample].tobytes())
-        return value if self._hidden is None else zlib.crc32(self._hidden[sample].tobytes(), value)
+        value = 0
+        for values in self._values.values():
+            value = zlib.crc32(values[sample].tobytes(), value)
+        return value
 
     def get(self, sample: int, mark: int) -> TeacherRow | None:
         """The row of a sample, None while there is none.
@@ -177,53 +216,17 @@ class TeacherCache:
             )
         if int(self._rows[sample]["checksum"]) != self._checksum(sample):
             raise CheckpointError(f"{self.folder}: the row of sample {sample} is damaged. Delete the folder.")
-        hidden = None if self._hidden is None else _as_torch(self._hidden[sample], self._dtype)
-        return TeacherRow(torch.from_numpy(np.array(self._scores[sample])), hidden)
+        found = {name: np.array(values[sample]) for name, values in self._values.items()}
+        hidden = _as_torch(found["hidden"], self._dtype) if "hidden" in found else None
+        top = tuple(torch.from_numpy(found[name]) for name in TOP) if TOP[0] in found else None
+        return TeacherRow(torch.from_numpy(found["scores"]), hidden, top)
 
     def filled(self) -> int:
         """Samples that have a row."""
         return int(self._rows["filled"].sum()) if self.opened() else 0
 
     def __getstate__(self) -> dict[str, Any]:  # a loader's worker maps the files itself
-        return self.__dict__ | {"_rows": None, "_scores": None, "_hidden": None}
-
-
-class CachedSamples(Dataset[dict[str, Any]]):
-    """A data set whose items carry their number, their fingerprint, and their row where the cache has one."""
-
-    def __init__(self, data: Dataset[Any], cache: TeacherCache) -> None:
-        self.data, self.cache = data, cache
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = dict(self.data[index])
-        mark = fingerprint(item)
-        return item | dict(zip(FIELDS, (index, mark, self.cache.get(index, mark)), strict=True))
-
-
-class CachedBatches:
-    """A collator that hands the samples to another one and adds the teacher's rows where all samples have one.
-
-    It adds `tsld_sample` and `tsld_print` [B] int64, `token_scores` [B, T - 1] and `teacher_hidden` [B, T, H].
-    """
-
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
-        self.collator = collator
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        if FIELDS[0] not in items[0]:  # evaluation
-            return dict(self.collator(items))
-        extra = [[item[name] for item in items] for name in FIELDS]
-        batch = dict(self.collator([{k: v for k, v in item.items() if k not in FIELDS} for item in items]))
-        batch["tsld_sample"] = torch.tensor(extra[0])
-        batch["tsld_print"] = torch.tensor([mark - 2**64 if mark >= 2**63 else mark for mark in extra[1]])
-        if all(row is not None for row in extra[2]):
-            batch["token_scores"] = torch.stack([row.scores for row in extra[2]])
-            if extra[2][0].hidden is not None:
-                batch["teacher_hidden"] = torch.stack([row.hidden for row in extra[2]])
-        return batch
+        return self.__dict__ | {"_rows": None, "_values": {}}
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:
@@ -256,5 +259,5 @@ def _as_numpy(tensor: Tensor) -> Any:
 
 
 def _as_torch(row: Any, dtype: torch.dtype) -> Tensor:
-    value = torch.from_numpy(np.array(row))
+    value = torch.from_numpy(row)
     return value if dtype == torch.float32 else value.view(dtype)

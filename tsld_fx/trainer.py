@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tsld_fx import losses
+from tsld_fx.cached_samples import FIELDS, CachedBatches, CachedSamples
 from tsld_fx.distill import DistillConfig, LossTerm
 from tsld_fx.distributed.objective import learnable
 from tsld_fx.distributed.objective import objective as plain_objective
@@ -20,8 +21,9 @@ from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import HeadlessModel, without_head
 from tsld_fx.lean_trainer import LeanTrainer
 from tsld_fx.prepared import PreparedModel, PreparedOutput, graph_model
-from tsld_fx.teacher_cache import FIELDS, CachedBatches, CachedSamples, TeacherCache
+from tsld_fx.teacher_cache import TOP, TeacherCache
 from tsld_fx.teacher_checks import check_teacher
+from tsld_fx.top_logits import TopLogits, top_of_head
 from tsld_fx.whole_trainer import WholeCheckpointTrainer
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ class TSLDTrainer(LeanTrainer):
         self._head: HeadlessModel | None = None
         self._objective = self._fused_objective(model)
         self._cache = self._open_cache() if self.distill.teacher_cache else None
-        self._row: tuple[Tensor, ...] | None = None  # of the batch that runs, to be cached
+        self._row: tuple[Any, ...] | None = None  # of the batch that runs, to be cached
 
     def _ready_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         teacher = teacher.eval().to(self.args.device)  # no_grad keeps it from training
@@ -123,7 +125,12 @@ class TSLDTrainer(LeanTrainer):
         folder = self.distill.cache_folder or Path(self.args.output_dir) / "teacher_cache"
         kind, scored = self.distill.teacher_cache or "", _has_tsld(self.distill)
         assert self.teacher is not None
-        cache = TeacherCache(folder, kind, self.train_dataset, self.teacher, scored)
+        count, vocabulary = self.distill.cached_logits, self._head.weight.shape[0]
+        if kind == "top_logits" and count > vocabulary:
+            raise ConfigError(
+                f"DistillConfig: cached_logits={count} is more than the vocabulary of {vocabulary} tokens. Lower it."
+            )
+        cache = TeacherCache(folder, kind, self.train_dataset, self.teacher, scored, count)
         self.train_dataset = CachedSamples(self.train_dataset, cache)
         self.data_collator = CachedBatches(self.data_collator)
         return cache
@@ -132,8 +139,8 @@ class TSLDTrainer(LeanTrainer):
         """One micro-batch, and its rows into the teacher's cache."""
         loss = super().training_step(*args, **kwargs)
         if self._cache is not None and self._row is not None:
-            samples, prints, scores, hidden = self._row
-            self._cache.put(samples.tolist(), prints.tolist(), scores, hidden)
+            samples, prints, *values = self._row
+            self._cache.put(samples.tolist(), prints.tolist(), *values)
         return loss
 
     def _compiled(self, module: nn.Module) -> Any:
@@ -200,8 +207,10 @@ class TSLDTrainer(LeanTrainer):
         assert objective is not None
         if not model.training or not labels.is_cuda:  # in training on a GPU a loss of NaN tells, without a wait
             self._check_labels(labels, self.distill.terms() if model.training else (LossTerm("gt"),))
-        guide: dict[str, Tensor | None] = {}
-        if self._head is not None and objective.needs_teacher:
+        guide: dict[str, Any] = {}
+        if self._head is not None and objective.needs_teacher and self.distill.teacher_cache == "top_logits":
+            guide = {"top": self._top_logits(feed, labels, inputs), "segment_ids": segment_ids}
+        elif self._head is not None and objective.needs_teacher:
             hidden = inputs.get("teacher_hidden")
             if hidden is None:
                 with torch.no_grad():
@@ -221,12 +230,26 @@ class TSLDTrainer(LeanTrainer):
             self._row = self._row_of(inputs, guide, outputs.token_scores, labels)
         return outputs.loss
 
+    def _top_logits(self, feed: dict[str, Tensor], labels: Tensor, inputs: Any) -> TopLogits:
+        """The most likely tokens of the teacher, from the cache or from a run of it."""
+        if TOP[0] in inputs:
+            indices, log_probs, rest = (inputs[name] for name in TOP)
+            return TopLogits(indices, log_probs, rest, inputs["token_scores"])
+        assert self._head is not None
+        with torch.no_grad():
+            hidden = self._head.body(**feed, use_cache=False).logits
+        return top_of_head(hidden, self._head.weight, self._head.bias, labels, self.distill.cached_logits)
+
     def _row_of(
-        self, inputs: Any, guide: dict[str, Tensor | None], scores: Tensor | None, labels: Tensor
-    ) -> tuple[Tensor, ...] | None:
+        self, inputs: Any, guide: dict[str, Any], scores: Tensor | None, labels: Tensor
+    ) -> tuple[Any, ...] | None:
         """What the cache does not have yet of this batch."""
-        hidden = guide.get("teacher_hidden")
-        if self._cache is None or hidden is None or "token_scores" in inputs or "tsld_sample" not in inputs:
+        if self._cache is None or "token_scores" in inputs or "tsld_sample" not in inputs:
+            return None
+        if (top := guide.get("top")) is not None:
+            kept = (top.indices, top.log_probs, top.rest)
+            return inputs["tsld_sample"], inputs["tsld_print"], top.scores, None, kept
+        if (hidden := guide.get("teacher_hidden")) is None:
             return None
         if scores is None or not scores.numel():
             scores = torch.zeros(labels[:, 1:].shape, device=labels.device)

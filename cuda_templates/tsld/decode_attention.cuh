@@ -1,9 +1,15 @@
 // Attention of one new token per sequence over a static KV cache: rotary embedding, cache update and softmax in one
-// kernel. Blocks share the heads of keys and values and, where these are few, the cached positions; the last block of
-// a head to arrive adds the shares up in a fixed order.
+// kernel. Blocks share the heads of keys and values and, where these are few, the cached positions. The shares of a head
+// meet in the shared memory of the first of its blocks where these form a cluster (Hopper), else in global memory, where
+// the last block to arrive adds them up; in a fixed order in both cases.
+//
+// Keys and values of earlier positions do not depend on the kernels of this step before this one: the first of them are
+// on their way before the wait. That is right as long as some kernel between two steps waits for all earlier ones, which
+// launches without overlap and replays of CUDA graphs do.
 #pragma once
 
-#include "tsld/decode_elementwise.cuh"
+#include "tsld/cluster.cuh"
+#include "tsld/vector8.cuh"
 
 namespace tsld {
 
@@ -11,7 +17,7 @@ struct AttentionParams {
   const void* q;               // [batch, heads, D], batches at a distance
   const void* k;               // [batch, kv_heads, D]
   const void* v;
-  const void* cos;             // [batch, D], or null: no rotary embedding
+  const void* cos;             // [batch, D]; or of all positions, [length, D]; or null: no rotary embedding
   const void* sin;
   const i64* positions;        // [batch]: where the new token goes
   void* key_cache;             // [>= batch, kv_heads, length, D]
@@ -21,6 +27,8 @@ struct AttentionParams {
   int* counters;               // [batch * kv_heads * chunks of heads], zero before and after
   i64 q_stride, k_stride, v_stride;  // elements between batches, multiples of 8
   int heads, kv_heads, length, splits;
+  int clustered;               // whether the blocks of a head form a cluster
+  int tables;                  // whether cos and sin are of all positions (and not of this step's)
   float scale;
 };
 
@@ -34,13 +42,18 @@ template <class T, int D, int R, int kThreads>
 class DecodeAttention {
   static constexpr int kLanes = D / 8;                 // lanes that share a key
   static constexpr int kKeys = kThreads / kLanes;      // keys in flight per step
+  static constexpr int kWarps = kThreads / 32;
   static constexpr int kUnroll = R > 2 ? 2 : 4;
+  static constexpr int kRow = D + 2;                   // of a share: values, maximum, sum
+  static constexpr int kMostCluster = R * D <= 512 ? 8 : 1;  // blocks whose shares fit into shared memory
   static_assert(D % 8 == 0 && kLanes <= 32 && 32 % kLanes == 0, "head size: a power of two, 8 to 256");
 
  public:
   struct Shared {
     float q[R][D];
-    float piece[kKeys][R][D + 2];
+    float key[D];                                      // of the new token
+    float piece[kWarps][R][kRow];                      // shares of the block's warps
+    float gathered[kMostCluster][kMostCluster > 1 ? R : 1][kRow];  // shares of the cluster's blocks, in the first block
     int arrived;
   };
 
@@ -49,127 +62,217 @@ class DecodeAttention {
     const int unit = blockIdx.x, split = blockIdx.y;
     const int batch = unit / (p.kv_heads * chunks), group = unit / chunks % p.kv_heads;
     const int head0 = group * (p.heads / p.kv_heads) + unit % chunks * R;
+    const bool newest = split == p.splits - 1;         // this block owns the new token
     allow_next_kernel();
-    wait_for_previous_kernel();
+    if (p.clustered) cluster_arrive();
     const int position = static_cast<int>(p.positions[batch]);
-    const int total = position + 1, share = (total + p.splits - 1) / p.splits;
-    const int begin = min(total, split * share), end = min(total, begin + share);
+    const int share = (position + p.splits - 1) / p.splits;
+    const int begin = min(position, split * share), end = min(position, begin + share);
     const i64 cache = (static_cast<i64>(batch) * p.kv_heads + group) * p.length;
     u16* keys = static_cast<u16*>(p.key_cache) + cache * D;
     u16* values = static_cast<u16*>(p.value_cache) + cache * D;
+    Vec16 key[kUnroll] = {}, value[kUnroll] = {};
+    load(key, value, keys, values, begin, end);
+    Turn turn = {};
+    if (p.tables) turn = turn_of(p, threadIdx.x % D, position);
+    wait_for_previous_kernel();
+    if (!p.tables) turn = turn_of(p, threadIdx.x % D, batch);
 
     const u16* q = static_cast<const u16*>(p.q) + batch * p.q_stride + head0 * D;
+    const u16* v = static_cast<const u16*>(p.v) + batch * p.v_stride + group * D;
     for (int i = threadIdx.x; i < R * D; i += kThreads)
-      shared.q[i / D][i % D] = rotated(p, q + i / D * D, i % D, batch) * (p.scale * 1.44269504f);
-    if (begin <= position && position < end) {         // this block owns the new token
+      shared.q[i / D][i % D] = rotated(p, q + i / D * D, i % D, turn, batch, position) * (p.scale * 1.44269504f);
+    if (newest) {
       const u16* k = static_cast<const u16*>(p.k) + batch * p.k_stride + group * D;
-      const u16* v = static_cast<const u16*>(p.v) + batch * p.v_stride + group * D;
       for (int i = threadIdx.x; i < D; i += kThreads) {
-        keys[static_cast<i64>(position) * D + i] = static_cast<u16>(T::pack2(rotated(p, k, i, batch), 0.f));
+        const float one = rotated(p, k, i, turn, batch, position);
+        keys[static_cast<i64>(position) * D + i] = static_cast<u16>(T::pack2(one, 0.f));
         values[static_cast<i64>(position) * D + i] = v[i];
+        shared.key[i] = round_to<T>(one);
       }
     }
     __syncthreads();
 
+    const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+    float wide_q[R][8];
     Online<R> mine;
-    attend(mine, shared, keys, values, begin, end);
-    float* piece = shared.piece[threadIdx.x / kLanes][0];
-    const int first = threadIdx.x % kLanes * 8;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+      mine.most[r] = -1e30f, mine.sum[r] = 0.f;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) piece[r * (D + 2) + first + j] = mine.acc[r][j];
-      piece[r * (D + 2) + D] = mine.most[r], piece[r * (D + 2) + D + 1] = mine.sum[r];
+      for (int j = 0; j < 8; ++j) wide_q[r][j] = shared.q[r][lane * 8 + j], mine.acc[r][j] = 0.f;
+    }
+    for (int from = begin; from < end;) {              // the same trip count in every lane of a warp
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        float k[8], w[8];
+        unpack8<T>(k, key[u]);
+        unpack8<T>(w, value[u]);
+        take(mine, wide_q, k, w, from + u * kKeys + first < end);
+      }
+      from += kKeys * kUnroll;
+      if (from < end) load(key, value, keys, values, from, end);
+    }
+    if (newest) {
+      float k[8], w[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) k[j] = shared.key[lane * 8 + j];
+      unpack8<T>(w, reinterpret_cast<const Vec16*>(v)[lane]);
+      take(mine, wide_q, k, w, first == 0);
+    }
+    merge_lanes(mine);
+    if (threadIdx.x % 32 < kLanes) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        float* piece = shared.piece[threadIdx.x / 32][r];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) piece[lane * 8 + j] = mine.acc[r][j];
+        if (lane == 0) piece[D] = mine.most[r], piece[D + 1] = mine.sum[r];
+      }
     }
     __syncthreads();
     finish(p, shared, unit, split, batch, head0);
   }
 
  private:
-  // One rounded dimension of q or k after the rotary embedding: x * cos + rotate_half(x) * sin
-  static __device__ __forceinline__ float rotated(const AttentionParams& p, const u16* x, int i, int batch) {
+  struct Turn {
+    float cos, sin;
+  };
+
+  static __device__ __forceinline__ Turn turn_of(const AttentionParams& p, int i, int row) {
+    if (p.cos == nullptr) return {};
+    return {T::to_float(static_cast<const u16*>(p.cos)[static_cast<i64>(row) * D + i]),
+            T::to_float(static_cast<const u16*>(p.sin)[static_cast<i64>(row) * D + i])};
+  }
+
+  // One rounded dimension of q or k after the rotary embedding: x * cos + rotate_half(x) * sin. `turn` is that of
+  // dimension threadIdx.x % D, which is i % D unless there are more dimensions than threads.
+  static __device__ __forceinline__ float rotated(const AttentionParams& p, const u16* x, int i, Turn turn, int batch,
+                                                  int position) {
     const float v = T::to_float(x[i]);
     if (p.cos == nullptr) return v;
+    if (kThreads % D != 0) turn = turn_of(p, i, p.tables ? position : batch);
     const float other = i < D / 2 ? -T::to_float(x[i + D / 2]) : T::to_float(x[i - D / 2]);
-    const float cos = T::to_float(static_cast<const u16*>(p.cos)[batch * D + i]);
-    const float sin = T::to_float(static_cast<const u16*>(p.sin)[batch * D + i]);
-    return round_to<T>(v * cos + other * sin);
+    return round_to<T>(v * turn.cos + other * turn.sin);
   }
 
-  static __device__ __forceinline__ void attend(Online<R>& mine, const Shared& shared, const u16* keys,
-                                                const u16* values, int begin, int end) {
-    const int lane = threadIdx.x % kLanes, key0 = threadIdx.x / kLanes;
-    float q[R][8];
+  // Keys and values of the positions from `from` on that this thread works on; the last one again past the end.
+  static __device__ __forceinline__ void load(Vec16 (&key)[kUnroll], Vec16 (&value)[kUnroll], const u16* keys,
+                                              const u16* values, int from, int end) {
+    if (from >= end) return;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const i64 at = static_cast<i64>(min(from + u * kKeys + static_cast<int>(threadIdx.x) / kLanes, end - 1)) * D +
+                     threadIdx.x % kLanes * 8;
+      key[u] = *reinterpret_cast<const Vec16*>(keys + at);
+      value[u] = *reinterpret_cast<const Vec16*>(values + at);
+    }
+  }
+
+  // One more key and value; all lanes of a warp take part.
+  static __device__ __forceinline__ void take(Online<R>& mine, const float (&q)[R][8], const float (&k)[8],
+                                              const float (&v)[8], bool counts) {
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      mine.most[r] = -1e30f, mine.sum[r] = 0.f;
+      float score = 0.f;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) q[r][j] = shared.q[r][lane * 8 + j], mine.acc[r][j] = 0.f;
-    }
-    for (int from = begin; from < end; from += kKeys * kUnroll) {  // the same trip count in every lane of a warp
-      Vec16 key[kUnroll], value[kUnroll];
+      for (int j = 0; j < 8; ++j) score += q[r][j] * k[j];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const i64 at = static_cast<i64>(min(from + u * kKeys + key0, end - 1)) * D + lane * 8;
-        key[u] = *reinterpret_cast<const Vec16*>(keys + at);
-        value[u] = *reinterpret_cast<const Vec16*>(values + at);
-      }
+      for (int step = kLanes / 2; step; step /= 2) score += __shfl_xor_sync(~0u, score, step);
+      if (!counts) continue;
+      const float most = fmaxf(mine.most[r], score);
+      const float keep = exp2f(mine.most[r] - most), weight = exp2f(score - most);
+      mine.most[r] = most, mine.sum[r] = mine.sum[r] * keep + weight;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        float k[8], v[8];
-        unpack8<T>(k, key[u]);
-        unpack8<T>(v, value[u]);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          float score = 0.f;
-#pragma unroll
-          for (int j = 0; j < 8; ++j) score += q[r][j] * k[j];
-#pragma unroll
-          for (int step = kLanes / 2; step; step /= 2) score += __shfl_xor_sync(~0u, score, step);
-          if (from + u * kKeys + key0 < end) {
-            const float most = fmaxf(mine.most[r], score);
-            const float keep = exp2f(mine.most[r] - most), weight = exp2f(score - most);
-            mine.most[r] = most, mine.sum[r] = mine.sum[r] * keep + weight;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) mine.acc[r][j] = mine.acc[r][j] * keep + weight * v[j];
-          }
-        }
-      }
+      for (int j = 0; j < 8; ++j) mine.acc[r][j] = mine.acc[r][j] * keep + weight * v[j];
     }
   }
 
-  // Adds `count` pieces [maximum, sum, values] at a distance, in order; returns dimension i of their softmax average,
-  // or, without `whole`, leaves maximum and sum to be added up later.
-  static __device__ __forceinline__ float add_up(const float* from, int count, int distance, int i, float& most,
-                                                 float& sum) {
+  // Lanes of a warp that hold the same dimensions of different keys add up; each ends with the sum.
+  static __device__ __forceinline__ void merge_lanes(Online<R>& mine) {
+#pragma unroll
+    for (int step = kLanes; step < 32; step *= 2)
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        const float other = __shfl_xor_sync(~0u, mine.most[r], step), most = fmaxf(mine.most[r], other);
+        const float keep = exp2f(mine.most[r] - most), weight = exp2f(other - most);
+        mine.most[r] = most;
+        mine.sum[r] = mine.sum[r] * keep + __shfl_xor_sync(~0u, mine.sum[r], step) * weight;
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          mine.acc[r][j] = mine.acc[r][j] * keep + __shfl_xor_sync(~0u, mine.acc[r][j], step) * weight;
+      }
+  }
+
+  // Dimension d of `count` shares at a distance, added up in order; their common maximum and sum.
+  template <class Load>
+  static __device__ __forceinline__ float add_up(Load load, int count, int d, float& most, float& sum) {
     most = -1e30f, sum = 0.f;
-    for (int n = 0; n < count; ++n) most = fmaxf(most, from[n * distance + D]);
+    for (int n = 0; n < count; ++n) most = fmaxf(most, load(n, D));
     float value = 0.f;
     for (int n = 0; n < count; ++n) {
-      const float weight = exp2f(from[n * distance + D] - most);
-      sum += weight * from[n * distance + D + 1];
-      value += weight * from[n * distance + i];
+      const float weight = exp2f(load(n, D) - most);
+      sum += weight * load(n, D + 1);
+      value += weight * load(n, d);
     }
     return value;
   }
 
   static __device__ __forceinline__ void finish(const AttentionParams& p, Shared& shared, int unit, int split,
                                                 int batch, int head0) {
-    constexpr int kPiece = R * (D + 2);
+    constexpr int kPiece = R * kRow, kOwn = (R * D + kThreads - 1) / kThreads;
     u16* out = static_cast<u16*>(p.out) + (static_cast<i64>(batch) * p.heads + head0) * D;
-    float* partial = p.partial + (static_cast<i64>(unit) * p.splits + split) * kPiece;
-    for (int i = threadIdx.x; i < R * D; i += kThreads) {
-      const int r = i / D, d = i % D;
-      float most, sum;
-      const float value = add_up(&shared.piece[0][r][0], kKeys, kPiece, d, most, sum);
-      if (p.splits == 1) {
-        out[i] = static_cast<u16>(T::pack2(value / sum, 0.f));
-      } else {
-        __stcg(partial + r * (D + 2) + d, value);
-        if (d == 0) __stcg(partial + r * (D + 2) + D, most), __stcg(partial + r * (D + 2) + D + 1, sum);
-      }
+    float most[kOwn], sum[kOwn], value[kOwn];
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int i = threadIdx.x + n * kThreads;
+      if (i >= R * D) continue;
+      const float* from = shared.piece[0][i / D];
+      value[n] = add_up([=](int w, int d) { return from[w * kPiece + d]; }, kWarps, i % D, most[n], sum[n]);
+      if (p.splits == 1) out[i] = static_cast<u16>(T::pack2(value[n] / sum[n], 0.f));
     }
     if (p.splits == 1) return;
+    if (p.clustered) cluster_wait();                   // every block has started
+    float* partial = p.partial + (static_cast<i64>(unit) * p.splits + split) * kPiece;
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int i = threadIdx.x + n * kThreads, r = i / D, d = i % D;
+      if (i >= R * D) continue;
+      float* to = p.clustered ? &shared.gathered[kMostCluster > 1 ? split : 0][kMostCluster > 1 ? r : 0][0] : partial + r * kRow;
+      put(p.clustered, to, d, value[n]);
+      if (d == 0) put(p.clustered, to, D, most[n]), put(p.clustered, to, D + 1, sum[n]);
+    }
+    const float* all = &shared.gathered[0][0][0];
+    if (p.clustered) {
+      cluster_sync();
+      if (split > 0) return;
+    } else {
+      if (!last_to_arrive(p, shared, unit)) return;
+      all = p.partial + static_cast<i64>(unit) * p.splits * kPiece;
+    }
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+      const int i = threadIdx.x + n * kThreads;
+      if (i >= R * D) continue;
+      const float* from = all + i / D * kRow;
+      float top, total;
+      const float v = p.clustered
+          ? add_up([=](int w, int d) { return from[w * kPiece + d]; }, p.splits, i % D, top, total)
+          : add_up([=](int w, int d) { return __ldcg(from + w * kPiece + d); }, p.splits, i % D, top, total);
+      out[i] = static_cast<u16>(T::pack2(v / total, 0.f));
+    }
+  }
+
+  // To the same place in the shared memory of the cluster's first block, or to global memory past L1.
+  static __device__ __forceinline__ void put(bool clustered, float* to, int i, float v) {
+    if (clustered)
+      store_to_first_block(to + i, v);
+    else
+      __stcg(to + i, v);
+  }
+
+  // Whether this block is the last of its unit whose share is in global memory; the counter is zero again then.
+  static __device__ __forceinline__ bool last_to_arrive(const AttentionParams& p, Shared& shared, int unit) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -178,20 +281,7 @@ class DecodeAttention {
       __threadfence();
     }
     __syncthreads();
-    if (shared.arrived != p.splits - 1) return;
-    const float* all = p.partial + static_cast<i64>(unit) * p.splits * kPiece;
-    for (int i = threadIdx.x; i < R * D; i += kThreads) {
-      const int r = i / D, d = i % D;
-      float most = -1e30f, sum = 0.f, value = 0.f;
-      for (int n = 0; n < p.splits; ++n) most = fmaxf(most, __ldcg(all + n * kPiece + r * (D + 2) + D));
-      for (int n = 0; n < p.splits; ++n) {
-        const float* from = all + n * kPiece + r * (D + 2);
-        const float weight = exp2f(__ldcg(from + D) - most);
-        sum += weight * __ldcg(from + D + 1);
-        value += weight * __ldcg(from + d);
-      }
-      out[i] = static_cast<u16>(T::pack2(value / sum, 0.f));
-    }
+    return shared.arrived == p.splits - 1;
   }
 };
 

@@ -2,7 +2,7 @@
 // Intermediate roundings are those of the plain graph, so that both give nearly the same bits.
 #pragma once
 
-#include "tsld/ptx.cuh"
+#include "tsld/vector8.cuh"
 
 namespace tsld {
 
@@ -16,28 +16,6 @@ struct NormParams {
   int columns;           // a multiple of 8
   float eps;
 };
-
-template <class T>
-__device__ __forceinline__ float round_to(float v) {
-  return T::to_float(static_cast<u16>(T::pack2(v, 0.f)));
-}
-
-template <class T>
-__device__ __forceinline__ void unpack8(float (&v)[8], const Vec16& from) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = T::to_float(static_cast<u16>(from.w[i]));
-    v[2 * i + 1] = T::to_float(static_cast<u16>(from.w[i] >> 16));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ Vec16 pack8(const float (&v)[8]) {
-  Vec16 out;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) out.w[i] = T::pack2(v[2 * i], v[2 * i + 1]);
-  return out;
-}
 
 // y = weight * round(s * rsqrt(mean(s^2) + eps)) with s = x (+ residual), one block per row.
 template <class T, int kThreads>
@@ -116,12 +94,13 @@ __device__ __forceinline__ void rms_norm(const NormParams& p) {
 }
 
 struct GateParams {
-  const void* gate;      // [rows, columns], rows at a distance
+  const void* gate;      // [rows, columns], rows at a distance; `step` vectors of 8 columns apart
   const void* up;
   void* y;               // [rows, columns], contiguous
   i64 gate_stride, up_stride;  // elements between rows, multiples of 8
   i64 rows;
   int columns;           // a multiple of 8
+  int step;              // 1; or 2 where 8 columns of gate and 8 of up take turns
 };
 
 // y = round(silu(gate)) * up
@@ -134,10 +113,10 @@ __device__ __forceinline__ void silu_mul(const GateParams& p) {
        at += static_cast<i64>(gridDim.x) * kThreads) {
     const i64 row = at / vectors, column = at % vectors;
     float gate[8], up[8], out[8];
-    unpack8<T>(gate, static_cast<const Vec16*>(p.gate)[row * (p.gate_stride / 8) + column]);
-    unpack8<T>(up, static_cast<const Vec16*>(p.up)[row * (p.up_stride / 8) + column]);
+    unpack8<T>(gate, static_cast<const Vec16*>(p.gate)[row * (p.gate_stride / 8) + column * p.step]);
+    unpack8<T>(up, static_cast<const Vec16*>(p.up)[row * (p.up_stride / 8) + column * p.step]);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = round_to<T>(gate[j] / (1.f + __expf(-gate[j]))) * up[j];
+    for (int j = 0; j < 8; ++j) out[j] = rounded_silu<T>(gate[j]) * up[j];
     static_cast<Vec16*>(p.y)[at] = pack8<T>(out);
   }
 }

@@ -8,18 +8,24 @@ namespace tsld {
 
 constexpr int kPadRows = 20;  // floats per token in shared memory: 16 rows, padded against bank conflicts
 
-// y[token, row .. row+3] = round(sum * row_scale + bias)
+// v[i] = sum * row_scale + bias of row .. row+3
 template <class T>
-__device__ __forceinline__ void store_outputs(const GemmParams& p, int token, int row, const float (&sum)[4]) {
-  if (row >= p.n) return;
+__device__ __forceinline__ void scaled_outputs(float (&v)[4], const GemmParams& p, int row, const float (&sum)[4]) {
   const float* scale = p.row_scale + row;  // padded to whole tiles, 16-byte aligned
   const u16* bias = static_cast<const u16*>(p.bias);
-  float v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     v[i] = sum[i] * scale[i];
     if (bias != nullptr && row + i < p.n) v[i] += T::to_float(bias[row + i]);
   }
+}
+
+// y[token, row .. row+3] = round(sum * row_scale + bias)
+template <class T>
+__device__ __forceinline__ void store_outputs(const GemmParams& p, int token, int row, const float (&sum)[4]) {
+  if (row >= p.n) return;
+  float v[4];
+  scaled_outputs<T>(v, p, row, sum);
   u16* y = static_cast<u16*>(p.y) + static_cast<i64>(token) * p.n + row;
   const u32 low = T::pack2(v[0], v[1]), high = T::pack2(v[2], v[3]);
   if (p.n % 4 == 0) {

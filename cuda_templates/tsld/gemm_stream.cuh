@@ -12,15 +12,22 @@
 
 #include "tsld/epilogue.cuh"
 #include "tsld/multiply.cuh"
+#include "tsld/stream_digits.cuh"
 
 namespace tsld {
 
-template <class Type_, int kBits_, int kGroup_, int kTokens_, int kWarps_, int kRowTiles_, int kStages_>
+// kNorm, kGated: x is normalised, or the outputs are gated, on the way (stream_fusion.cuh); without a split only.
+// kDigits: x as digits of 8 bits (stream_digits.cuh); up to two tokens, ternary with a scale per row, without a split.
+template <class Type_, int kBits_, int kGroup_, int kTokens_, int kWarps_, int kRowTiles_, int kStages_,
+          bool kNorm_ = false, bool kGated_ = false, bool kDigits_ = false>
 struct StreamConfig {
   using Type = Type_;
+  static constexpr bool kNorm = kNorm_, kGated = kGated_, kDigits = kDigits_;
   static constexpr int kBits = kBits_, kGroup = kGroup_, kTokens = kTokens_, kWarps = kWarps_;
   static constexpr int kRowTiles = kRowTiles_, kStages = kStages_;
-  static constexpr int kTokenTiles = ceil_div(kTokens, 8);
+  static_assert(!kDigits || (kBits == 2 && kGroup == 0 && kTokens <= 2), "digits: ternary, a scale per row");
+  static constexpr int kTokenTiles = kDigits ? DigitLayout<kTokens>::kTiles : ceil_div(kTokens, 8);
+  using Sum = typename If<kDigits, int, float>::type;
   static constexpr int kThreads = 32 * kWarps, kEpilogueThreads = kThreads;
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   using Weights = WeightLayout<kBits>;
@@ -35,6 +42,7 @@ struct StreamConfig {
 
 template <class C>
 class StreamGemm {
+  using Digits = DigitLayout<C::kTokens>;
   using T = typename C::Type;
   using Weights = typename C::Weights;
   using Meta = typename C::Meta;
@@ -71,13 +79,25 @@ class StreamGemm {
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
     if constexpr (C::kGroup == 0 && C::kBits > 2) stage_row_zeros();
-    wait_for_previous_kernel();
-    stage_x();
+    if constexpr (C::kDigits) {
+      DigitStaging<C> staging(p_, token0_);
+      staging.fetch_weight();
+      wait_for_previous_kernel();
+      staging.stage(x_memory(), scales(), reinterpret_cast<u32*>(slots()));
+    } else if constexpr (C::kNorm) {
+      NormStaging<C> norm(p_, token0_);
+      norm.fetch_weight();
+      wait_for_previous_kernel();
+      norm.stage(x_memory(), x_stride_, slots());
+    } else {
+      wait_for_previous_kernel();
+      stage_x();
+    }
     cp_async_wait<0>();
     __syncthreads();
 
     ZeroPoint<T, C::kBits> zero[C::kRowTiles];
-    float acc[C::kRowTiles][C::kTokenTiles][4] = {};
+    typename C::Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
     u32 at = ring();
     for (int unit = begin; unit < end; ++unit) {
       cp_async_wait<C::kStages - 2>();
@@ -86,8 +106,11 @@ class StreamGemm {
       if constexpr (C::kGroup == 0 && C::kBits > 2) {
         if (unit == begin || chunk == 0) load_row_zeros(zero, group);
       }
-      multiply_chunk<C>(acc, zero, x_address() + chunk * kChunk * 2, x_stride_, 0, at,
-                        at + C::kRowTiles * Weights::kBytes);
+      if constexpr (C::kDigits)
+        multiply_digits<C>(acc, x_address() + chunk * Digits::kChunkBytes, at);
+      else
+        multiply_chunk<C>(acc, zero, x_address() + chunk * kChunk * 2, x_stride_, 0, at,
+                          at + C::kRowTiles * Weights::kBytes);
       at = next_stage(at);
       ++chunk;
       if (chunk == chunks_ || unit == end - 1) {
@@ -142,8 +165,12 @@ class StreamGemm {
   }
   __device__ __forceinline__ char* x_memory() const { return memory_ + C::kRingBytes; }
   __device__ __forceinline__ u32 x_address() const { return shared_address(x_memory()); }
+  __device__ __forceinline__ DigitScale* scales() const {
+    return reinterpret_cast<DigitScale*>(x_memory() + p_.chunks_per_split * Digits::kChunkBytes);
+  }
   __device__ __forceinline__ float* slots() const {
-    return reinterpret_cast<float*>(x_memory() + C::kTokens * x_stride_);
+    return C::kDigits ? reinterpret_cast<float*>(scales() + C::kTokens)
+                      : reinterpret_cast<float*>(x_memory() + C::kTokens * x_stride_);
   }
   __device__ __forceinline__ u8* row_zeros() const {
     return reinterpret_cast<u8*>(slots() + (groups_ + C::kWarps) * C::kSlotFloats);
@@ -199,6 +226,24 @@ class StreamGemm {
         zero[rt].set(half, row_zeros()[group * C::kGroupRows + rt * kTileRows + lane_ / 4 + 8 * half]);
   }
 
+  // The same for digits: a lane has two digits of a token's sum, its neighbour the other two.
+  __device__ __forceinline__ void put_piece(int (&acc)[C::kRowTiles][C::kTokenTiles][4], int slot) const {
+    float* to = slots() + slot * C::kSlotFloats + lane_ / 4 + lane_ % 2 * 8;
+#pragma unroll
+    for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+      const int token = nt * 2 + lane_ % 4 / 2;
+      const DigitScale scale = scales()[min(token, C::kTokens - 1)];
+#pragma unroll
+      for (int rt = 0; rt < C::kRowTiles; ++rt) {
+        float v[2];
+        join_digits(v, acc[rt][nt]);
+        if (token < C::kTokens) to[token * C::kSlotStride + rt * kTileRows] = (lane_ % 2 ? v[1] : v[0]) * scale.first * scale.second;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0;
+      }
+    }
+  }
+
   // The warp's sums of one row group go to their slot, and start again at zero.
   __device__ __forceinline__ void put_piece(float (&acc)[C::kRowTiles][C::kTokenTiles][4], int slot) const {
     float* to = slots() + slot * C::kSlotFloats + lane_ / 4;
@@ -214,28 +259,50 @@ class StreamGemm {
         }
   }
 
+  // Sums of rows r .. r+3 of a row group, over the warps that hold pieces of it.
+  __device__ __forceinline__ void add_pieces(float (&sum)[4], int token, int group, int r) const {
+    const int first = warp_of(group * chunks_), last = warp_of(group * chunks_ + chunks_ - 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = 0.f;
+    for (int warp = first; warp <= last; ++warp) {
+      if (warp_start(warp) == warp_start(warp + 1)) continue;  // fewer units than warps: some have no share
+      const float* from = slots() + (group + warp) * C::kSlotFloats + token * C::kSlotStride + r;
+      const float4 piece = *reinterpret_cast<const float4*>(from);
+      sum[0] += piece.x, sum[1] += piece.y, sum[2] += piece.z, sum[3] += piece.w;
+    }
+    if constexpr (C::kDigits) {
+      if (!scales()[token].finite) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = (first_group_ + group) * C::kGroupRows + r + i;
+          sum[i] = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p_, token0_ + token, row);
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void add_pieces_and_store() const {
-    constexpr int kRowQuads = C::kGroupRows / 4;
+    constexpr int kRowQuads = C::kGroupRows / 4 / (C::kGated ? 2 : 1);
     const int tokens = min(C::kTokens, p_.m - token0_), quads = groups_ * kRowQuads;
     const bool split = gridDim.z > 1;
     for (int q = threadIdx.x; q < quads * tokens; q += C::kThreads) {
-      const int token = q / quads, group = q % quads / kRowQuads, r = q % kRowQuads * 4;
+      const int token = q / quads, group = q % quads / kRowQuads, quad = q % kRowQuads;
+      const int r = C::kGated ? quad / 2 * kTileRows + quad % 2 * 4 : quad * 4;
       const int row = (first_group_ + group) * C::kGroupRows + r;
       if (row >= p_.row_tiles * kTileRows) continue;
-      const int first = warp_of(group * chunks_), last = warp_of(group * chunks_ + chunks_ - 1);
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
-      for (int warp = first; warp <= last; ++warp) {
-        if (warp_start(warp) == warp_start(warp + 1)) continue;  // fewer units than warps: some have no share
-        const float* from = slots() + (group + warp) * C::kSlotFloats + token * C::kSlotStride + r;
-        const float4 piece = *reinterpret_cast<const float4*>(from);
-        sum[0] += piece.x, sum[1] += piece.y, sum[2] += piece.z, sum[3] += piece.w;
-      }
-      if (split)
+      float sum[4];
+      add_pieces(sum, token, group, r);
+      if constexpr (C::kGated) {
+        float up[4];
+        add_pieces(up, token, group, r + 8);
+        store_gated<T>(p_, token0_ + token, row, sum, up);
+      } else if (split) {
         store_float4_l2(partial_sum(p_, blockIdx.z, token0_ + token, row), sum);
-      else
+      } else {
         store_outputs<T>(p_, token0_ + token, row, sum);
+      }
     }
-    if (!split || !last_block_of_tile<C>(p_, *reinterpret_cast<int*>(memory_))) return;
+    if (C::kGated || !split || !last_block_of_tile<C>(p_, *reinterpret_cast<int*>(memory_))) return;
     for (int q = threadIdx.x; q < quads * tokens; q += C::kThreads) {
       const int row = first_group_ * C::kGroupRows + q % quads * 4;
       if (row < p_.row_tiles * kTileRows) add_splits_and_store<T>(p_, token0_ + q / quads, row);

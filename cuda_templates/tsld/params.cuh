@@ -21,6 +21,10 @@ struct GemmParams {
   int chunks;             // ceil(k / 128)
   int chunks_per_split;   // chunks that one block of grid.z works on
   const float* x_scale;   // [m] scales of quantised tokens (narrow.cuh); null for 16-bit x
+  const void* norm_weight;  // [k] of x's type, for kernels that normalise x (stream_fusion.cuh)
+  const void* residual;     // [m, k], added to x before; or null
+  void* total;              // [m, k]: x + residual; null without a residual
+  float eps;                // of the norm
 };
 
 }  // namespace tsld

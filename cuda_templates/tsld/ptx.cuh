@@ -15,6 +15,15 @@ struct alignas(16) Vec16 {
   u32 w[4];
 };
 
+template <bool kWhich, class A, class B>
+struct If {
+  using type = A;
+};
+template <class A, class B>
+struct If<false, A, B> {
+  using type = B;
+};
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int imax(int a, int b) { return a > b ? a : b; }
 
@@ -107,6 +116,14 @@ __device__ __forceinline__ void load_float4_l2(int (&v)[4], const float* p) {
   load_float4_l2(f, p);
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = __float_as_int(f[i]);
+}
+
+// ---- int8: c[16 rows x 8 columns] += a[16 x 32] * b[32 x 8], exact ----------------------------------------
+
+__device__ __forceinline__ void mma_int8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- half precision types: what differs between fp16 and bf16 ----------------------------------------------

@@ -25,7 +25,7 @@ constexpr int kTileRows = 16, kChunk = 128;
 struct Kernel {
   const char* name;
   Kind kind;
-  int threads, block_rows, block_tokens, tokens, warps_k;
+  int threads, block_rows, block_tokens, tokens, warps_k, digits;
   int64_t shared_bytes;          // that do not depend on the shape
   const unsigned char* const* images;  // by target
 };
@@ -78,7 +78,8 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
     const int64_t fitting = multiprocessors * range->per_sm / (tokens * range->splits);
     out.grid[0] = std::max<int64_t>(1, std::min(rows, fitting));
     const int64_t groups = ceil_div(rows, out.grid[0]), slice = ceil_div(chunks, range->splits);
-    out.shared_bytes += kernel.tokens * (slice * kChunk * 2 + 16) +
+    out.shared_bytes += (kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
+                                       : kernel.tokens * (slice * kChunk * 2 + 16)) +
                         (groups + kernel.warps_k) * kernel.tokens * (kernel.block_rows + 4) * 4 +
                         (linear.bits > 2 ? groups * kernel.block_rows : 0);
     out.counters = out.grid[0] * out.grid[1];

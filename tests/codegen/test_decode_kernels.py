@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from tsld_fx.codegen import decode_kernels as kernels
+from tsld_fx.codegen import select_config
 from tsld_fx.codegen.compiler import find_compiler, parse_resources
+from tsld_fx.codegen.config import GemmConfig
+from tsld_fx.codegen.render import kernel_name, render
+from tsld_fx.codegen.select_config import choose
+from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.errors import BackendError
 
-KINDS = [("rms_norm", 0, 0), ("silu_mul", 0, 0), ("attention", 128, 1), ("attention", 64, 8), ("attention", 256, 8)]
+KINDS = [("rms_norm", 0, 0), ("silu_mul", 0, 0), ("take_token", 0, 0)]
+KINDS += [("attention", d, r) for d, r in ((128, 1), (128, 4), (64, 8), (256, 8), (8, 1))]
 
 
 def test_source(golden) -> None:
@@ -44,9 +51,63 @@ def test_work_is_shared_so_that_the_machine_is_full() -> None:
         assert kernels.scratch_floats(8, 32, 8, 128, 1024, 132) >= needed
 
 
+def test_blocks_of_a_head_form_a_cluster_where_they_can() -> None:
+    size = kernels.cluster_size
+    assert [size(s, 128, 1, 90) for s in (1, 2, 3, 5, 6, 9, 12, 13)] == [0, 2, 4, 4, 8, 8, 8, 0]
+    assert size(9, 128, 1, 80) == 0  # no clusters before Hopper
+    assert size(9, 128, 4, 90) == 8 and size(9, 128, 8, 90) == 0  # too much shared memory
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_fused_products_do_not_spill(bits: int, target: str) -> None:
+    for norm, gated in ((True, False), (False, True), (True, True)):
+        spec = KernelSpec("fp16", bits, 0, target, norm=norm, gated=gated)
+        configs = [choose(spec, 4096, 4096, m, 132).config for m in (1, 8)]
+        source = render(spec, configs)
+        assert f"{str(norm).lower()}, {str(gated).lower()}, false>" in source
+        usages = parse_resources(find_compiler("nvcc").compile(source, target)[1])
+        assert {u.kernel for u in usages} == {kernel_name(spec, c) for c in configs}
+        assert not [u for u in usages if u.stack or u.spill_stores or u.spill_loads]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_digits_do_not_spill(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", 2)
+    for norm, gated in ((False, False), (True, True)):
+        spec = KernelSpec("bf16", 2, 0, target, norm=norm, gated=gated)
+        configs = [choose(spec, n, 4096, m, 132).config for n in (4096, 22016) for m in (1, 2)]
+        assert all(c.digits and c.tokens in (1, 2) for c in configs)
+        source = render(spec, configs)
+        usages = parse_resources(find_compiler("nvcc").compile(source, target)[1])
+        assert {u.kernel for u in usages} == {kernel_name(spec, c) for c in configs}
+        assert not [u for u in usages if u.stack or u.spill_stores or u.spill_loads]
+
+
+def test_where_digits_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", 2)
+    ternary = KernelSpec("fp16", 2, 0, "sm_90a")
+    assert choose(ternary, 4096, 4096, 2, 132).config.digits
+    for spec, k, m in ((ternary, 4096, 3), (KernelSpec("fp16", 2, 128, "sm_90a"), 4096, 1),
+                       (KernelSpec("fp16", 4, 0, "sm_90a"), 4096, 1), (ternary, 1 << 18, 1)):  # fmt: skip
+        assert not choose(spec, 4096, k, m, 132).config.digits
+    with pytest.raises(BackendError, match="digits are for stream kernels of one or two tokens"):
+        GemmConfig(4, 1, 1, 8, 1, 3, "stream", digits=True)
+    with pytest.raises(BackendError, match="takes ternary weights with one scale per row"):
+        render(KernelSpec("fp16", 4), [GemmConfig(1, 1, 1, 8, 1, 3, "stream", digits=True)])
+
+
+def test_only_stream_kernels_are_fused() -> None:
+    spec = KernelSpec("fp16", 2, 0, "sm_90a", norm=True)
+    with pytest.raises(BackendError, match="Choose a stream configuration"):
+        render(spec, [choose(spec, 4096, 4096, 64, 132).config])
+
+
 def test_which_tensors_have_kernels() -> None:
     half = torch.zeros(2, 1, 24, dtype=torch.float16)
     assert kernels.gate_supported(half[..., :8], half[..., 8:16])
+    assert kernels.taking_turns_supported(half[..., :16].contiguous())
+    assert not kernels.taking_turns_supported(half) and not kernels.taking_turns_supported(half[..., :16])
     assert not kernels.gate_supported(half[..., :8], half[..., 4:12])  # not 16-byte aligned
     assert not kernels.gate_supported(half.float()[..., :8], half.float()[..., 8:16])
     q = torch.zeros(2, 1, 4, 32, dtype=torch.float16)

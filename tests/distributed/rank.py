@@ -40,7 +40,7 @@ def run(case: dict[str, Any]) -> None:
     given: dict[str, Any] = {
         "model": student,
         "teacher": teacher,
-        "distill": DistillConfig(method=case.get("method", "tsld")),
+        "distill": DistillConfig(method=case.get("method", "tsld"), **case.get("distill", {})),
         "args": arguments(folder, **{**TRAINING, **case.get("training", {})}),
         "train_dataset": random_rows(64),
         "callbacks": [recorder],

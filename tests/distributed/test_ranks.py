@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (single process to e
     "tied_1f1b": ("gpt2", {"family": "gpt2", **pipeline("1f1b", **CLIPPED)}),
     "tied_zbv": ("gpt2", {"family": "gpt2", **pipeline("zbv", **CLIPPED)}),
     "tied_fsdp": ("gpt2", {"family": "gpt2", **fsdp(2, **CLIPPED)}),
+    "whole_logits_zero_bubble": ("llama", {"distill": {"fused": False}, **pipeline("zero_bubble")}),
+    "whole_logits_tied_fsdp": ("gpt2", {"family": "gpt2", "distill": {"fused": False}, **fsdp(2, **CLIPPED)}),
     "l2l_fsdp": ("l2l", {"method": "l2l", **fsdp(2)}),
 }
 SINGLE: dict[str, dict[str, Any]] = {
@@ -60,6 +62,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (part of the messa
     ),
     "taps": ("--parallel fsdp", {"method": "l2l", **pipeline("1f1b")}),
     "optimiser": ("adamw_torch_fused", fsdp(2, optim="adafactor")),
+    "cache": ("teacher_cache", {"distill": {"teacher_cache": "token_scores"}, **fsdp(2)}),
     "half": ("training.fp16", fsdp(2, fp16=True, use_cpu=True)),
 }
 NAN = {"breaks": {"step": 2, "how": "nan"}}

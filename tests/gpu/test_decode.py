@@ -10,9 +10,11 @@ from tests.models import POSITIONS, build, ids, left_padded
 from tsld_fx import LoweredModel, convert, prepare
 from tsld_fx import decode_ops as ops
 from tsld_fx.codegen import decode_kernels as kernels
+from tsld_fx.codegen.decode_step import likeliest_supported, take_token
 from tsld_fx.decode import Decoder
 from tsld_fx.decode.options import Options
 from tsld_fx.decode.select import Selection
+from tsld_fx.decode.state import StepState
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -54,13 +56,13 @@ def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize("rotary", ["of this step", "of all positions", None])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "size", "length"),
     [(1, 32, 32, 128, 640), (3, 12, 2, 64, 200), (2, 8, 1, 16, 1024), (5, 4, 4, 256, 70),
      (40, 14, 2, 32, 130), (1, 1, 1, 8, 3)],
 )  # fmt: skip
-def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int, rotary: bool, dtype) -> None:
+def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int, rotary: str | None, dtype) -> None:
     """At the first, a middle and the last position; the cache holds NaN where nothing was written yet."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     floats = kernels.scratch_floats(batch, heads, kv_heads, size, length, multiprocessors)
@@ -71,7 +73,8 @@ def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int
             [heads * size, kv_heads * size, kv_heads * size], dim=-1
         )
         q, k, v = (part.view(batch, 1, -1, size) for part in parts)
-        angle = torch.rand(batch, 1, size // 2, device="cuda") * 6
+        rows_of_tables = (length,) if rotary == "of all positions" else (batch, 1)
+        angle = torch.rand(*rows_of_tables, size // 2, device="cuda") * 6
         tables = [torch.cat([f(angle)] * 2, -1).to(dtype) if rotary else None for f in (torch.cos, torch.sin)]
         caches = [normal(batch, kv_heads, length, size, dtype=dtype) for _ in range(2)]
         for cache in caches:
@@ -88,6 +91,32 @@ def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int
         rows = torch.arange(batch, device="cuda")
         assert torch.equal(caches[1][rows, :, where[:, 0]], v[:, 0])
         assert relative(caches[0][rows, :, where[:, 0]], exact[0][rows, :, where[:, 0]]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float32])
+@pytest.mark.parametrize(("batch", "vocabulary"), [(1, 32000), (5, 50257), (3, 7), (64, 1024), (2, 1)])
+def test_taking_the_likeliest_token(batch: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """As the plain state does it: ties, NaN, ends of sequences, the last place."""
+    length, device = 9, torch.device("cuda")
+    ours, plain = StepState(batch, length, device), StepState(batch, length, device)
+    for state in (ours, plain):
+        state.begin(Options(5, Selection(), 1.0, 1.0, (vocabulary // 2, 0), 3), max(1, batch - 1))
+        state.positions += 4
+    for step in range(12):
+        logits = normal(batch, 2, vocabulary, dtype=dtype)[:, -1]
+        logits[0] = logits[0].round()  # ties
+        if step % 3 == 1:
+            logits[:, vocabulary // 2] = 100.0  # the sequences end
+        if step == 2:
+            logits[-1, vocabulary // 3 :] = float("nan")
+        if likeliest_supported(logits):
+            take_token(ours, logits, None)
+        else:
+            take_token(ours, None, logits.argmax(-1))
+        best = logits.float().nan_to_num(torch.inf)
+        plain.take((best == best.amax(-1, keepdim=True)).int().argmax(-1))
+        for name in ("tokens", "positions", "history", "counts", "finished"):
+            assert torch.equal(getattr(ours, name), getattr(plain, name)), (name, step)
 
 
 def lowered_model(family: str, dtype: torch.dtype) -> LoweredModel:
@@ -114,6 +143,31 @@ def test_model_over_the_static_cache(family: str, dtype: torch.dtype) -> None:
                 assert torch.equal(results[0], results[1])
             assert torch.equal(results[0], results[2]) or how.sample
     assert lowered.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False).shape[0] == 3
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_captured_prompts(family: str) -> None:
+    """The first prompt of a size runs operator by operator, the second is captured, the others replay it."""
+    lowered = lowered_model(family, torch.float16)
+    decoder = lowered.compile_decode(3, POSITIONS)
+    for tokens in (3, 17, 16):
+        prompt, last = ids(3, tokens).cuda(), torch.tensor([tokens - 1, 0, tokens // 2], device="cuda")
+        with torch.no_grad():
+            expected = decoder._prefill._run(prompt, last)
+            for other in (3, tokens, tokens, tokens):
+                decoder._prefill(ids(3, other, 1).cuda(), last.clamp(max=other - 1))
+                got = decoder._prefill(prompt, last)
+                assert relative(got, expected) <= 1e-2
+    captured = decoder._prefill._captured
+    assert set(captured) == {(3, 16), (3, min(32, POSITIONS))} and None not in captured.values()
+
+
+def test_fused_weights_are_held_in_one_layout() -> None:
+    lowered = lowered_model("llama", torch.float16)
+    decoder = lowered.compile_decode(1, POSITIONS)
+    for layer in decoder.graphs.decode.fused_projections.children():
+        assert layer.weight_packed.untyped_storage().nbytes() == 0
+    lowered.generate(ids(1, 6).cuda(), max_new_tokens=3, do_sample=False)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import test_top_logits as top_logits
 from tests.test_fused_loss import OBJECTIVES, batch, plain, with_grad
 from tsld_fx import losses, ops, quantizers  # noqa: F401
+from tsld_fx.top_logits import TopLogits, top_of_head
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +59,40 @@ def test_autocast_keeps_float32_gradients_near_float64() -> None:
     assert all(a < max(1.2 * b, 0.01) for a, b in zip(*errors, strict=True)), errors
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_of_the_teacher_gives_the_loss_of_float64(dtype: torch.dtype) -> None:
+    values = batch(5, vocabulary=5000)
+    exact = with_grad(on_gpu(values), "hidden", "weight", "bias")
+    top = top_logits.top_of(exact, 16)
+    expected = top_logits.plain(exact, OBJECTIVES["tsld"], top)
+    expected.backward()
+    single = {k: v.float() if v.is_floating_point() else v for k, v in values.items()}
+    ours = with_grad(on_gpu(single), "hidden", "weight", "bias")
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = top_logits.fused(ours, OBJECTIVES["tsld"], TopLogits(*(t.cuda() for t in vars(top).values())), 4)[0]
+    found.backward()
+    limit = 1e-4 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.double(), expected, rtol=limit, atol=limit)
+    for key in ("hidden", "weight", "bias"):
+        error = (ours[key].grad.double() - exact[key].grad).norm() / exact[key].grad.norm()
+        assert error < limit, key
+    kept = top_of_head(ours["teacher_hidden"], ours["teacher_weight"], ours["teacher_bias"], ours["labels"], 16)
+    torch.testing.assert_close(kept.rest.double(), top.rest, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(kept.scores.double(), top.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_dead_weights_feed_the_bias_as_on_a_cpu() -> None:
+    weight, bias = torch.randn(40, 256), torch.randn(40)
+    expected = torch.ops.tsld.dead_zone_bias(weight, None, bias, "twn", 0, 0.01)
+    leaf = weight.cuda().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = torch.ops.tsld.dead_zone_bias(leaf, None, bias.cuda(), "twn", 0, 0.01)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    zeros = torch.ops.tsld.fake_quant(leaf.detach(), None, None, "twn", 2, 0) == 0
+    assert torch.equal(leaf.grad, zeros * 0.01)
+
+
 SCHEMES = [("twn", 2), ("absmean", 2), ("absmax", 4), ("minmax", 4), ("absmax", 8), ("minmax", 8)]
 
 
@@ -90,8 +126,11 @@ def test_fake_quant_finds_the_scales_and_packing_repeats_them(
 
 @pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize(
-    ("scheme", "bits", "zeros"), [("lsq", 2, False), ("lsq", 4, True), ("lsq", 4, False), ("pact", 8, True)]
-)
+    ("scheme", "bits", "zeros"),
+    [
+        ("lsq", 2, False), ("lsq", 4, True), ("lsq", 4, False), ("pact", 8, True), ("seq", 2, False), ("seq", 4, False),
+    ],
+)  # fmt: skip
 def test_learned_scales_have_the_definitions_values_and_gradients(
     scheme: str, bits: int, zeros: bool, group: int
 ) -> None:

@@ -83,7 +83,7 @@ def train(
     block_size: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
     method: Annotated[str | None, typer.Option(help="gt | logit | logit_gt | l2l | tsld")] = None,
     bits: Annotated[int | None, typer.Option(help="2 (ternary), 4 or 8.")] = None,
-    scale: Annotated[str | None, typer.Option(help="twn | absmean | pact | lsq; 4 and 8 bits: minmax.")] = None,
+    scale: Annotated[str | None, typer.Option(help="twn | absmean | pact | lsq | seq; 4 and 8 bits: minmax.")] = None,
     granularity: Annotated[str | None, typer.Option(help="tensor | channel | group")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input features per scale, with group.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs to train.")] = None,
@@ -91,7 +91,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Sequences per device and step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     teacher_cache: Annotated[
-        str | None, typer.Option(help="Keep on disk for later epochs: token_scores | hidden_states.")
+        str | None, typer.Option(help="Keep on disk for later epochs: token_scores | hidden_states | top_logits.")
     ] = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay each step as one CUDA graph.")] = False,
     parallel: Annotated[str | None, typer.Option(help="Under torchrun: ddp | fsdp | pipeline.")] = None,

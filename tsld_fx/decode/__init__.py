@@ -2,6 +2,8 @@
 
 graphs.py     lowered model -> prefill and decode graphs
 select.py     logits -> next token: greedy and sampling
+prefill.py    the prompt
+state.py      what a step reads and changes besides the cache
 decoder.py    Decoder, the call
 options.py    which calls of `generate` it serves
 """

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tsld_fx.decode.graphs import DecodeGraphs, build_graphs, new_tokens, verify
+from tsld_fx.decode.graphs import DecodeGraphs, build_graphs, verify
 from tsld_fx.decode.options import Options
+from tsld_fx.decode.prefill import Prefill
 from tsld_fx.decode.select import Selection, next_tokens
+from tsld_fx.decode.state import MOST_EOS, StepState
 from tsld_fx.errors import BackendError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from tsld_fx.passes.runner import Listener
 
-_MOST_EOS = 8  # token numbers that may end a sequence
 _LOOK_EVERY = 16  # steps between two looks at whether all sequences have ended
 
 
@@ -53,6 +54,7 @@ class Decoder:
                 )
                 if check:
                     verify(self.graphs, model)
+            self._prefill = Prefill(self.graphs, self._cuda_graphs)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"compile_decode: out of memory on {self.device} for {max_batch_size} x {max_length} tokens. Choose "
@@ -63,7 +65,7 @@ class Decoder:
         """Whether `generate` takes this call."""
         batch, tokens = input_ids.shape
         fits = batch <= self.max_batch_size and tokens + options.new_tokens <= self.max_length
-        return fits and len(options.eos) <= _MOST_EOS and bool(attention_mask.any(1).all())
+        return fits and len(options.eos) <= MOST_EOS and bool(attention_mask.any(1).all())
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, options: Options) -> Tensor:
@@ -79,9 +81,7 @@ class Decoder:
         step = self._step(self._bucket(batch), options.selection)
         step.begin(options, batch)
         ids, last = _left_aligned(input_ids.to(self.device), attention_mask.to(self.device), longest)
-        positions = torch.arange(longest, device=self.device).expand(batch, -1)
-        logits = self.graphs.prefill(ids, positions, last)["logits"][:, -1]
-        step.first(logits, last + 1, batch)
+        step.first(self._prefill(ids, last), last + 1, batch)
         done = 1
         while done < options.new_tokens:
             count = min(_LOOK_EVERY, options.new_tokens - done)
@@ -90,9 +90,9 @@ class Decoder:
             for _ in range(count):
                 step.run()
             done += count
-        made = step.history[:batch, :done]
+        made = step.state.history[:batch, :done]
         if options.eos:
-            made = made[:, : step.length(made)]
+            made = made[:, : step.state.length(made)]
         return torch.cat([input_ids.to(self.device), made], dim=1)
 
     def _check(self, batch: int, longest: int, shortest: int, options: Options) -> None:
@@ -103,8 +103,8 @@ class Decoder:
             )
         if shortest < 1:
             raise DataError("a prompt without a token. Give each sequence at least one.")
-        if len(options.eos) > _MOST_EOS:
-            raise DataError(f"{len(options.eos)} tokens that end a sequence; at most {_MOST_EOS} are supported.")
+        if len(options.eos) > MOST_EOS:
+            raise DataError(f"{len(options.eos)} tokens that end a sequence; at most {MOST_EOS} are supported.")
 
     def _bucket(self, batch: int) -> int:
         """Batch size of the graph that serves so many sequences."""
@@ -118,40 +118,28 @@ class Decoder:
 
 
 class _Step:
-    """One decoding step at a fixed batch size: static inputs and outputs, and the CUDA graph over them."""
+    """One decoding step at a fixed batch size: its state, and the CUDA graph over it."""
 
     def __init__(
         self, graphs: DecodeGraphs, batch: int, how: Selection, device: torch.device, cuda_graph: bool
     ) -> None:
         self._graphs, self._how = graphs, how
-        self.tokens, self.positions = new_tokens(batch, device)
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self.history = torch.zeros(batch, graphs.length, dtype=torch.long, device=device)
-        self._count = torch.zeros(1, dtype=torch.long, device=device)
-        self._eos = torch.full((_MOST_EOS,), -1, dtype=torch.long, device=device)
-        self._pad = torch.zeros((), dtype=torch.long, device=device)
+        self.state = StepState(batch, graphs.length, device)
         self._temperature, self._top_p = (torch.ones((), device=device) for _ in range(2))
         self._graph = self._captured() if cuda_graph else None
 
     def begin(self, options: Options, batch: int) -> None:
         """Settings of a call; rows beyond `batch` count as finished."""
-        self._eos.fill_(-1)
-        if options.eos:
-            self._eos[: len(options.eos)] = torch.tensor(options.eos, device=self._eos.device)
-        self._pad.fill_(options.pad)
         self._temperature.fill_(options.temperature)
         self._top_p.fill_(options.top_p)
-        self.finished.zero_()
-        self.finished[batch:] = True
-        self._count.zero_()
-        self.positions.zero_()
+        self.state.begin(options, batch)
 
     def first(self, logits: Tensor, lengths: Tensor, batch: int) -> None:
         """Take the token after the prompt from the prefill's logits [batch, V]; lengths [batch] of the prompts."""
-        chosen = torch.zeros_like(self.finished, dtype=torch.long)
+        chosen = torch.zeros_like(self.state.finished, dtype=torch.long)
         chosen[:batch] = next_tokens(logits, self._how, self._temperature, self._top_p)
-        self._take(chosen)
-        self.positions[:batch, 0] = lengths
+        self.state.positions[:batch, 0] = lengths - 1
+        self.state.take(chosen)
 
     def run(self) -> None:
         """One more token of every sequence."""
@@ -162,25 +150,19 @@ class _Step:
 
     def all_finished(self) -> bool:
         """Whether every sequence has ended; waits for the device."""
-        return bool(self.finished.all())
-
-    def length(self, made: Tensor) -> int:
-        """Tokens until the last sequence has ended, the token that ends it included."""
-        ends = torch.isin(made, self._eos)
-        none = ~ends.any(1)
-        return int(torch.where(none, made.shape[1], ends.int().argmax(1) + 1).max())
+        return bool(self.state.finished.all())
 
     def _compute(self) -> None:
-        logits = self._graphs.decode(self.tokens, self.positions)["logits"][:, -1]
-        self._take(next_tokens(logits, self._how, self._temperature, self._top_p))
-        self.positions.add_(1).clamp_(max=self._graphs.length - 1)
+        logits = self._graphs.decode(self.state.tokens, self.state.positions)["logits"][:, -1]
+        if not logits.is_cuda:
+            self.state.take(next_tokens(logits, self._how, self._temperature, self._top_p))
+            return
+        from tsld_fx.codegen.decode_step import likeliest_supported, take_token
 
-    def _take(self, chosen: Tensor) -> None:
-        chosen = torch.where(self.finished, self._pad, chosen)
-        self.finished.logical_or_((chosen[:, None] == self._eos).any(1))
-        self.tokens.copy_(chosen[:, None])
-        self.history.index_copy_(1, self._count, chosen[:, None])
-        self._count.add_(1).clamp_(max=self._graphs.length - 1)
+        if not self._how.sample and likeliest_supported(logits):
+            take_token(self.state, logits, None)
+        else:
+            take_token(self.state, None, next_tokens(logits, self._how, self._temperature, self._top_p))
 
     def _captured(self) -> Any:
         stream = torch.cuda.Stream()

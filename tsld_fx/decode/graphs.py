@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tsld_fx.capture import capture, max_positions
 from tsld_fx.errors import CaptureError, PassError
@@ -131,8 +131,3 @@ def verify(graphs: DecodeGraphs, model: Any) -> float:
             "(relative). Its attention is not the causal one over all earlier tokens; use transformers' generate."
         )
     return error
-
-
-def new_tokens(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Static inputs of a decode graph: token numbers and positions, int64 [batch, 1]."""
-    return tuple(torch.zeros(batch, 1, dtype=torch.long, device=device) for _ in range(2))  # type: ignore[return-value]

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from tsld_fx.distill import DistillConfig
 from tsld_fx.distributed.data import Batch
-from tsld_fx.distributed.objective import objective
+from tsld_fx.distributed.objective import fused_objective, fused_terms, head_loss, objective
 from tsld_fx.distributed.ranks import Ranks
+from tsld_fx.fused_loss import HeadLoss
 from tsld_fx.losses import IGNORE, token_cross_entropy
-from tsld_fx.prepared import PreparedModel, graph_model
+from tsld_fx.prepared import HeadInput, PreparedModel, PreparedOutput, graph_model
 
 
 class Engine(ABC):
@@ -32,6 +33,8 @@ class Engine(ABC):
     Attributes:
         parameters: the trainable parameters (or shards of them) that this process holds, by the model's own names.
         losses: of the micro-batches since `take_losses`, on the processes that compute them.
+        fused: the objective that runs with the heads as one operator, so that logits never exist; None where the
+            losses need whole logits.
     """
 
     def __init__(
@@ -42,6 +45,8 @@ class Engine(ABC):
         self.ties = tied_names(student)
         self.teacher = None if teacher is None else frozen_graph(teacher, distill, bf16)
         self.teaches = distill.needs_teacher
+        self.fused = fused_objective(distill, student, self.teacher)
+        self.vocabulary = student.get_output_embeddings().weight.shape[0]
         self.parameters: dict[str, nn.Parameter] = {}
         self.losses: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -66,10 +71,17 @@ class Engine(ABC):
     def counted(self) -> dict[str, nn.Parameter]:
         """The parameters whose gradient this process counts, so that each counts once over all processes."""
 
-    def _objective(self, student: Any, teacher: Any, batch: Batch) -> Tensor:
-        total, parts = objective(
-            self.distill, student, teacher, batch["labels"], batch["attention_mask"], batch.get("segment_ids")
-        )
+    def _head_loss(self, taught: HeadInput | None, batch: Batch) -> HeadLoss:
+        assert self.fused is not None
+        return head_loss(self.distill, self.fused, self.vocabulary, taught, batch["labels"], batch.get("segment_ids"))
+
+    def _objective(self, student: PreparedOutput, teacher: Any, batch: Batch) -> Tensor:
+        if student.loss_terms is not None:
+            total, parts = fused_terms(self.distill, student)
+        else:
+            total, parts = objective(
+                self.distill, student, teacher, batch["labels"], batch["attention_mask"], batch.get("segment_ids")
+            )
         self.losses["loss"].append(total.detach())
         for name, value in parts.items():
             self.losses[name].append(value)
@@ -144,8 +156,11 @@ def frozen_graph(teacher: PreTrainedModel, distill: DistillConfig, bf16: bool) -
     return graph_model(teacher.eval().requires_grad_(False), None, distill.taps).eval()  # type: ignore[return-value]
 
 
-def nll_of(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Summed negative log-likelihood of the next tokens, and how many there are."""
+def nll_of(outputs: PreparedOutput, labels: Tensor) -> tuple[float, int]:
+    """Summed negative log-likelihood of the next tokens, and how many there are, from logits or their mean loss."""
     targets = labels[:, 1:]
-    total = token_cross_entropy(logits[:, :-1], targets).double().sum()
-    return float(total), int((targets != IGNORE).sum())
+    count = int((targets != IGNORE).sum())
+    if outputs.logits is not None:
+        return float(token_cross_entropy(outputs.logits[:, :-1], targets).double().sum()), count
+    assert outputs.loss is not None
+    return (float(outputs.loss) * count if count else 0.0), count

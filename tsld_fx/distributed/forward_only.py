@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsld_fx.distributed.data import Batch
 from tsld_fx.distributed.placement import Placement
 
 
 def run_forward(
-    stages: Mapping[int, nn.Module],
+    stages: Mapping[int, Callable[..., Any]],
     placement: Placement,
     batches: Sequence[Batch],
     hidden_like: Callable[[Batch], Tensor],
@@ -26,7 +26,7 @@ def run_forward(
     All transfers of a tick start together, so that no order of sends and receives can block.
 
     Args:
-        stages: this process's stages by number; called with (hidden,) and a batch's tokens.
+        stages: this process's stages by number; called with (hidden,) and a batch's tensors.
         hidden_like: an empty hidden state [B, T, H] for a batch.
         consume: called with the number of a micro-batch and the last stage's result, on the process that has it.
     """
@@ -39,7 +39,7 @@ def run_forward(
                 if not 0 <= number < len(batches):
                     continue
                 before = () if stage == 0 else (arrived.pop((stage, number)),)
-                feed = {name: batches[number][name] for name in ("input_ids", "attention_mask")}
+                feed = {name: batches[number][name] for name in ("input_ids", "attention_mask", "labels")}
                 value = module(*before, **feed)
                 if stage == last:
                     consume(number, value)

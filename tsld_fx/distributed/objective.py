@@ -1,4 +1,4 @@
-"""The training objective as a function of two models' outputs, for the processes that hold the logits."""
+"""The training objective as a function of two models' outputs, on whole logits or from the fused operator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 from tsld_fx import losses
 from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import DataError
+from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss, objective_of
+from tsld_fx.fused_loss_chunks import Objective
+from tsld_fx.prepared import HeadInput, PreparedModel, PreparedOutput
 
 
 def objective(
@@ -32,12 +35,7 @@ def objective(
     Raises:
         DataError, TrainingError: labels or a teacher that do not fit.
     """
-    scaled = any(term.kind == "tsld" for term in config.terms())
-    if config.separate_documents and scaled and segment_ids is None:
-        raise DataError(
-            "DistillConfig(separate_documents=True) needs `segment_ids` [B, T] in every batch. "
-            "Add the column to the data set, or set separate_documents=False."
-        )
+    segments = segments_of(config, segment_ids)
     total, parts = torch.zeros((), device=labels.device), dict[str, Tensor]()
     for term in config.terms():
         if term.kind == "gt":
@@ -46,9 +44,8 @@ def objective(
             value = losses.logit_distillation(student.logits, teacher.logits, labels, term.temperature or 1.0)
         elif term.kind == "tsld":
             value = losses.token_scaled_logit_distillation(
-                student.logits, teacher.logits, labels, term.temperature or 10.0, term.reduction,
-                segment_ids if config.separate_documents else None,
-            )  # fmt: skip
+                student.logits, teacher.logits, labels, term.temperature or 10.0, term.reduction, segments
+            )
         elif term.kind == "hidden":
             value = losses.hidden_state_distillation(student.hidden_states, teacher.hidden_states, attention_mask)
         else:
@@ -56,6 +53,68 @@ def objective(
         parts[f"loss_{term.kind}"] = value.detach()
         total = total + term.weight * value
     return total, parts
+
+
+def fused_objective(config: DistillConfig, student: PreparedModel, teacher: PreparedModel | None) -> Objective | None:
+    """The objective in the form of tsld::head_loss; None where the losses need whole logits.
+
+    They do with fused=False, for losses over inner values, and for a model whose logits are not the plain result of a
+    linear head.
+    """
+    found = objective_of(config.terms()) if config.fused else None
+    if found is None or not student.fuse_head_loss(found):
+        return None
+    return found if teacher is None or teacher.fuse_head_loss(GROUND_TRUTH) else None
+
+
+def head_loss(
+    config: DistillConfig,
+    objective: Objective,
+    vocabulary: int,
+    taught: HeadInput | None,
+    labels: Tensor,
+    segment_ids: Tensor | None = None,
+) -> HeadLoss:
+    """What the student's fused operator reads of one micro-batch.
+
+    Args:
+        vocabulary: rows of the head's weight.
+        taught: the input of the teacher's head, and the head; None for `gt`.
+        labels: [B, T] unshifted, -100 ignored.
+
+    Raises:
+        DataError: labels or segment ids that do not fit. On a GPU labels are not looked at, which would wait for it: a
+            label outside the vocabulary makes the loss NaN there.
+    """
+    segments = segments_of(config, segment_ids)
+    if not labels.is_cuda:
+        losses.check_targets(labels, vocabulary, config.terms())
+    if taught is None:
+        return HeadLoss(objective, labels)
+    return HeadLoss(objective, labels, taught.hidden, taught.weight.detach(), taught.bias, segments)
+
+
+def fused_terms(config: DistillConfig, outputs: PreparedOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    """The result of the fused operator in the form of `objective`'s."""
+    assert outputs.loss is not None and outputs.loss_terms is not None
+    values = outputs.loss_terms.detach().unbind()
+    return outputs.loss, {f"loss_{t.kind}": value for t, value in zip(config.terms(), values, strict=True)}
+
+
+def segments_of(config: DistillConfig, segment_ids: Tensor | None) -> Tensor | None:
+    """The documents that token scales tell apart, if they do.
+
+    Raises:
+        DataError: they should, and the batch does not say where documents end.
+    """
+    if not config.separate_documents:
+        return None
+    if segment_ids is None and any(term.kind == "tsld" for term in config.terms()):
+        raise DataError(
+            "DistillConfig(separate_documents=True) needs `segment_ids` [B, T] in every batch. "
+            "Add the column to the data set, or set separate_documents=False."
+        )
+    return segment_ids
 
 
 def learnable(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

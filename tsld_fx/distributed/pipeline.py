@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from tsld_fx.distributed.forward_only import run_forward
 from tsld_fx.distributed.placement import Placement, check_micro_batches, place
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.errors import ConfigError
+from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss
 from tsld_fx.passes.graph_tools import tensors_read
-from tsld_fx.prepared import PreparedModel, PreparedOutput
+from tsld_fx.passes.split_off_head import RESULTS
+from tsld_fx.prepared import Ending, HeadInput, PreparedModel, PreparedOutput, ending_name
+from tsld_fx.weight_cache import WeightCache
 
 
 class PipelineEngine(Engine):
@@ -50,25 +54,47 @@ class PipelineEngine(Engine):
         bf16: bool = False,
     ) -> None:
         super().__init__(student, teacher, distill, ranks, bf16)
+        if ranks.world_size == 1:
+            schedule = "1f1b"  # one stage: torch 2.11 cannot send from a process to itself
         self.schedule, self.micro_batches = schedule, micro_batches
         self.placement = place(len(student.layer_view().layers), ranks.world_size, schedule)
-        self._stages = self._take(student, self.placement)
+        self._stages = self._take(student, self.placement, (self.fused, self._evaluates))
         self.parameters = {n: p for n, p in student.named_parameters() if p.requires_grad and not p.is_meta}
-        self._taught: dict[int, Any] = {}
+        self._taught: dict[int, Any] = {}  # by micro-batch: logits, or what the teacher's head reads
         self._teacher_stages: dict[int, _Stage] = {}
         if self.teacher is not None:
             theirs = place(len(self.teacher.layer_view().layers), ranks.world_size, schedule)
-            self._teacher_stages = self._take(self.teacher, theirs)
+            self._teacher_stages = self._take(self.teacher, theirs, (self._teaching, self._evaluates))
         self._shared = self._shared_parameters()
         self._batches: list[Batch] = []
+        self._weights = WeightCache()
         self._shape: tuple[int, ...] | None = None
 
     # ------------------------------------------------------------ stages
-    def _take(self, model: PreparedModel, placement: Placement) -> dict[int, _Stage]:
-        """This process's stages of a model; what they do not read goes to the meta device."""
-        view = model.layer_view()
-        parts = {s: view.stage(*placement.bounds[s : s + 2]) for s in placement.mine(self.ranks.rank)}
-        read = {name for part in parts.values() for name in names_read(part)}
+    @property
+    def _teaching(self) -> Ending:
+        """How the teacher's last stage ends in training."""
+        return None if self.fused is None else "head_input"
+
+    @property
+    def _evaluates(self) -> Ending:
+        """How the last stage ends in evaluation."""
+        return None if self.fused is None else GROUND_TRUTH
+
+    def _take(self, model: PreparedModel, placement: Placement, endings: Sequence[Ending]) -> dict[int, _Stage]:
+        """This process's stages of a model; what they do not read goes to the meta device.
+
+        Args:
+            endings: of the last stage.
+        """
+        parts: dict[int, dict[str, fx.GraphModule]] = {}
+        for stage in placement.mine(self.ranks.rank):
+            ends = dict.fromkeys(endings if stage == placement.stages - 1 else (None,))
+            first, last = placement.bounds[stage : stage + 2]
+            parts[stage] = {
+                ending_name(end): model.layer_view(ending=end).stage(first, last, ending_name(end)) for end in ends
+            }
+        read = {name for ends in parts.values() for part in ends.values() for name in names_read(part)}
         device, moved = self.ranks.device, dict[int, nn.Parameter]()
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if id(parameter) not in moved:
@@ -80,7 +106,7 @@ class PipelineEngine(Engine):
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
         model._follow_device(device)
-        return {stage: _Stage(self, part, model, stage == placement.stages - 1) for stage, part in parts.items()}
+        return {stage: _Stage(self, ends, model, stage == placement.stages - 1) for stage, ends in parts.items()}
 
     def _shared_parameters(self) -> dict[str, Any]:
         """Names of the parameters that several processes hold -> (group, first process), in one order everywhere."""
@@ -107,6 +133,7 @@ class PipelineEngine(Engine):
         self.student.train()
         self.teach(batches)
         self.run_schedule()
+        self._weights.clear()
         self.sum_shared_gradients()
 
     def teach(self, batches: Sequence[Batch]) -> None:
@@ -114,26 +141,31 @@ class PipelineEngine(Engine):
         self._batches = [to_device(b, self.ranks.device) for b in batches]
         self._taught.clear()
         if self.teacher is not None and self.teaches:
-            self._forward(self._teacher_stages, self._batches, self._taught.__setitem__)
+            self._forward(self._teacher_stages, self._batches, self._taught.__setitem__, self._teaching)
 
     def _forward(
-        self, stages: dict[int, _Stage], batches: Sequence[Batch], consume: Callable[[int, Any], None]
+        self, stages: dict[int, _Stage], batches: Sequence[Batch], consume: Callable[[int, Any], None], ending: Ending
     ) -> None:
-        run_forward(stages, self.placement, batches, next(iter(stages.values())).hidden_like, consume, self.ranks.rank)
+        calls = {number: partial(stage.run, ending) for number, stage in stages.items()}
+        run_forward(calls, self.placement, batches, next(iter(stages.values())).hidden_like, consume, self.ranks.rank)
 
     def run_schedule(self) -> None:
-        """Forward and backward of the student over the micro-batches that `teach` was given."""
+        """Forward and backward of the student over the micro-batches that `teach` was given.
+
+        Each weight is quantised once for all of them, also where layers are computed again.
+        """
         shape = tuple(self._batches[0]["input_ids"].shape)
         if shape != self._shape:  # the schedule's buffers have one shape
             self._schedule, self._shape = self._build(shape), shape
         numbers = torch.arange(self.micro_batches)
         has_last = self.placement.rank_of[-1] == self.ranks.rank
-        self._schedule.step(
-            target=numbers if has_last else None,
-            input_ids=torch.cat([b["input_ids"] for b in self._batches]),
-            attention_mask=torch.cat([b["attention_mask"] for b in self._batches]),
-            micro_batch=numbers,
-        )
+        with self._weights:
+            self._schedule.step(
+                target=numbers if has_last else None,
+                input_ids=torch.cat([b["input_ids"] for b in self._batches]),
+                attention_mask=torch.cat([b["attention_mask"] for b in self._batches]),
+                micro_batch=numbers,
+            )
         self._taught.clear()
 
     def _build(self, shape: tuple[int, ...]) -> Any:
@@ -150,9 +182,11 @@ class PipelineEngine(Engine):
             stages if several else stages[0], self.micro_batches, loss_fn=lambda loss, _: loss, scale_grads=False
         )
 
-    def loss_of(self, student: PreparedOutput, number: int) -> Tensor:
+    def loss_of(self, stage: _Stage, number: int, *inputs: Tensor) -> Tensor:
         """The share of one micro-batch in the step's loss, [1]; called by the last stage."""
-        loss = self._objective(student, self._taught.pop(number, None), self._batches[number])
+        taught, batch = self._taught.pop(number, None), self._batches[number]
+        guide = None if self.fused is None else self._head_loss(taught, batch)
+        loss = self._objective(stage.outputs(self.fused, guide, *inputs), taught, batch)
         return torch.stack([loss / self.micro_batches]).float()  # no view: zero-bubble detaches it in place
 
     def sum_shared_gradients(self) -> None:
@@ -176,12 +210,11 @@ class PipelineEngine(Engine):
         sums = torch.zeros(2, dtype=torch.float64)
 
         def consume(number: int, outputs: PreparedOutput) -> None:
-            assert outputs.logits is not None
-            sums.add_(torch.tensor(nll_of(outputs.logits, moved[number]["labels"]), dtype=torch.float64))
+            sums.add_(torch.tensor(nll_of(outputs, moved[number]["labels"]), dtype=torch.float64))
 
         bf16, self.bf16 = self.bf16, self.bf16 and autocast
         try:
-            self._forward(stages, moved, consume)
+            self._forward(stages, moved, consume, self._evaluates)
         finally:
             self.bf16 = bf16
         dist.all_reduce(sums, group=self.ranks.control)
@@ -189,25 +222,48 @@ class PipelineEngine(Engine):
 
 
 class _Stage(nn.Module):
-    """Some layers of a model, with autocast, and with the loss where it is the student's last stage."""
+    """Some layers of a model, with autocast, and with the loss where it is the student's last stage.
 
-    def __init__(self, engine: PipelineEngine, graph: fx.GraphModule, model: PreparedModel, is_last: bool) -> None:
+    Args:
+        ends: the stage's graphs by ending; all but the last stage have one.
+    """
+
+    def __init__(
+        self, engine: PipelineEngine, ends: dict[str, fx.GraphModule], model: PreparedModel, is_last: bool
+    ) -> None:
         super().__init__()
-        self.graph, self.is_last = graph, is_last
+        self.graphs = nn.ModuleList(ends.values())
+        self.is_last = is_last
         self.width: int = model.config.get_text_config().hidden_size
         self.dtype = next(p.dtype for p in model.parameters())  # what crosses: the residual stream's
-        self._engine = engine
+        self._engine, self._ends = engine, ends
 
-    def forward(
-        self, *hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, micro_batch: Tensor | None = None
-    ) -> Any:
-        """The hidden state [B, T, H]; of the last stage the logits, or the loss [1] of a numbered micro-batch."""
+    def forward(self, *hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, micro_batch: Tensor) -> Tensor:
+        """The hidden state [B, T, H]; of the last stage the loss [1] of a numbered micro-batch."""
         with self._engine.autocast():
-            values = self.graph(*hidden, input_ids, attention_mask)
+            if self.is_last:
+                return self._engine.loss_of(self, int(micro_batch), *hidden, input_ids, attention_mask)
+            values: Tensor = self._ends[""](*hidden, input_ids, attention_mask)
+            return values.to(self.dtype)
+
+    def run(
+        self, ending: Ending, *hidden: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> Tensor | PreparedOutput | HeadInput:
+        """A forward pass alone: the hidden state, or what the last stage gives with that ending."""
+        with self._engine.autocast():
             if not self.is_last:
+                values: Tensor = self._ends[""](*hidden, input_ids, attention_mask)
                 return values.to(self.dtype)
-            outputs = PreparedOutput(logits=values["logits"])
-            return outputs if micro_batch is None else self._engine.loss_of(outputs, int(micro_batch))
+            if ending == "head_input":
+                values = self._ends[ending](*hidden, input_ids, attention_mask)
+                return HeadInput(*(values[name] for name in RESULTS))
+            guide = None if ending is None else HeadLoss(GROUND_TRUTH, labels)
+            return self.outputs(ending, guide, *hidden, input_ids, attention_mask)
+
+    def outputs(self, ending: Ending, guide: HeadLoss | None, *inputs: Tensor) -> PreparedOutput:
+        """Logits, or the losses of a fused ending; of the last stage."""
+        values = self._ends[ending_name(ending)](*inputs, **(guide.tensors() if guide else {}))
+        return PreparedOutput(**{name: values.get(name) for name in ("logits", "loss", "loss_terms")})
 
     def hidden_like(self, batch: Batch) -> Tensor:
         """An empty hidden state for a batch."""

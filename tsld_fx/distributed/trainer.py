@@ -112,11 +112,21 @@ class DistributedTrainer:
             raise ConfigError(f"DistributedTrainer: model is a {type(model).__name__}; it must come from prepare().")
         if self.parallel.mode == "ddp":
             raise ConfigError("DistributedTrainer: mode 'ddp' is served by TSLDTrainer, one process per device.")
+        if self.distill.teacher_cache:
+            raise ConfigError(
+                f"distill.teacher_cache={self.distill.teacher_cache!r} is not supported with --parallel fsdp and "
+                "pipeline: no process sees all samples. Leave it out, or use --parallel ddp."
+            )
         if self.distill.needs_teacher or teacher is not None:
             check_teacher(teacher, model)
         self._batches(self._micro_batches)
         if self.parallel.mode == "pipeline":
             world, schedule = self.ranks.world_size, self.parallel.schedule
+            if schedule == "zbv" and world > 1 and self.ranks.device.type == "cpu" and torch.__version__ < (2, 13):
+                raise ConfigError(
+                    f"parallel.schedule='zbv': its transfers over gloo hang with torch {torch.__version__}. "
+                    "Use zero_bubble, GPUs, or torch 2.13."
+                )
             check_pipeline(model, self.distill, world, schedule, self._micro_batches)
 
     def _batches(self, count: int) -> StepBatches:

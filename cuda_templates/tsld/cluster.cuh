@@ -1,0 +1,37 @@
+// Clusters of blocks (sm_90): barriers and stores into the first block's shared memory. Reference: PTX ISA, sections
+// "barrier.cluster" and "mapa". Without clusters nobody calls these; the code for older targets is empty.
+#pragma once
+
+#include "tsld/ptx.cuh"
+
+namespace tsld {
+
+// Every thread of every block of the cluster arrives, then waits; what was written before the one is visible after the
+// other, shared memory of other blocks included.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// *to = v in the shared memory of the block of rank 0; `to` is the place in this block's own.
+__device__ __forceinline__ void store_to_first_block(float* to, float v) {
+#if __CUDA_ARCH__ >= 900
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(shared_address(to)));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+#endif
+}
+
+}  // namespace tsld

@@ -1,0 +1,182 @@
+"""The stream kernel over int8 digits, compiled for the host: the same headers, a block's threads as coroutines.
+
+It needs g++ and no GPU. Blocks run from the first thread and from the last, which shows missing barriers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tsld_fx import decode_ops
+from tsld_fx.codegen.config import GemmConfig
+from tsld_fx.codegen.cuda_gemm import GemmParams
+from tsld_fx.codegen.layout import to_kernel_layout
+from tsld_fx.codegen.select_config import Plan
+from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.cuda_templates import TEMPLATE_DIR
+from tsld_fx.decode_linear_ops import silu_mul_taking_turns
+from tsld_fx.packing import pack
+
+HERE = Path(__file__).parent / "on_host"
+TYPES = {torch.float16: ("Fp16", 1e-3), torch.bfloat16: ("Bf16", 8e-3)}
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    folder, made = tmp_path_factory.mktemp("on_host"), {}
+
+    def build(dtype: torch.dtype, config: GemmConfig, norm: bool, gated: bool) -> ctypes.CDLL:
+        macros = {
+            "TYPE": TYPES[dtype][0], "TOKENS": config.tokens, "WARPS": config.warps_k, "ROW_TILES": config.row_tiles,
+            "STAGES": config.stages, "NORM": str(norm).lower(), "GATED": str(gated).lower(),
+        }  # fmt: skip
+        key = tuple(macros.values())
+        if key not in made:
+            out = folder / f"{len(made)}.so"
+            flags = [f"-D{name}={value}" for name, value in macros.items()]
+            command = ["g++", "-O1", "-std=c++20", "-w", "-shared", "-fPIC", *flags, f"-I{HERE}", f"-I{TEMPLATE_DIR}"]
+            subprocess.run([*command, str(HERE / "stream.cc"), "-o", str(out)], check=True)
+            made[key] = ctypes.CDLL(str(out))
+        return made[key]
+
+    return build
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A copy whose memory starts at a multiple of 16 bytes, with NaN or large codes behind it."""
+    raw = torch.full((tensor.numel() * tensor.element_size() + 64,), 0x7F, dtype=torch.uint8)
+    start = -raw.data_ptr() % 16
+    out = raw[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+    return out.copy_(tensor)
+
+
+class Problem:
+    """Random ternary weights and activations, and one launch on them."""
+
+    def __init__(self, rows: int, inputs: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        codes = torch.randint(0, 3, (rows, inputs), dtype=torch.uint8)
+        scales = torch.rand(rows, 1) + 0.5
+        self.weight = (codes.double() - 1) * scales.double()
+        self.packed = to_kernel_layout(pack(codes, 2), scales, None, 2, 0, inputs)
+        self.x, self.residual = (aligned(torch.randn(tokens, inputs).to(dtype)) for _ in range(2))
+        self.norm_weight, self.bias = (
+            aligned((torch.rand(inputs) + 0.5).to(dtype)),
+            aligned(torch.randn(rows).to(dtype)),
+        )
+        self.total = torch.full_like(self.x, torch.nan)
+
+    def run(
+        self,
+        built: Callable[..., ctypes.CDLL],
+        config: GemmConfig,
+        norm: bool,
+        added: bool,
+        gated: bool,
+        backwards: int,
+    ) -> Tensor:
+        weights, (tokens, inputs) = self.packed, self.x.shape
+        y = torch.full((tokens, weights.out_features // (2 if gated else 1)), torch.nan, dtype=self.x.dtype)
+        plan = Plan(config)
+        spec = KernelSpec(TYPES[self.x.dtype][0].lower(), 2, norm=norm, gated=gated)  # type: ignore[arg-type]
+        grid = plan.grid(tokens, weights.row_tiles, BLOCKS)
+        shared = plan.shared_bytes(spec, tokens, weights.row_tiles, weights.chunks, BLOCKS)
+        held = [self.x, weights.codes, weights.meta, weights.row_scale, weights.row_zero, self.bias, y]
+        params = GemmParams(
+            *(None if t is None else t.data_ptr() for t in held), None, None, inputs,
+            tokens, weights.out_features, inputs, weights.row_tiles, weights.chunks, weights.chunks, None,
+        )  # fmt: skip
+        if norm:
+            params.norm_weight, params.eps = self.norm_weight.data_ptr(), 1e-5
+        if added:
+            params.residual, params.total = self.residual.data_ptr(), self.total.data_ptr()
+        library = built(self.x.dtype, config, norm, gated)
+        assert library.run(ctypes.byref(params), ctypes.sizeof(params), grid[0], grid[1], shared, backwards) == 0
+        return y
+
+    def expected(self, norm: bool, added: bool, gated: bool) -> Tensor:
+        x = self.x + self.residual if added else self.x
+        if norm:
+            x = decode_ops.rms_norm(x, self.norm_weight, 1e-5)
+        y = x.double() @ self.weight.T + self.bias.double()
+        return silu_mul_taking_turns(y.to(self.x.dtype).double()) if gated else y
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "inputs", "tokens", "row_tiles", "warps", "dtype"),
+    [
+        ("plain", 96, 256, 1, 1, 2, torch.float16),
+        ("plain", 52, 1000, 2, 2, 4, torch.bfloat16),
+        ("norm", 48, 2304, 1, 1, 2, torch.float16),
+        ("added", 80, 136, 2, 4, 4, torch.float16),
+        ("gated", 208, 512, 1, 2, 4, torch.bfloat16),
+        ("all", 208, 1000, 2, 2, 4, torch.float16),
+        ("all", 96, 2304, 1, 4, 2, torch.bfloat16),
+    ],
+)
+def test_against_float64(
+    built: Callable[..., ctypes.CDLL], kind: str, rows: int, inputs: int, tokens: int, row_tiles: int, warps: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    norm, added, gated = kind in ("norm", "added", "all"), kind in ("added", "all"), kind in ("gated", "all")
+    config = GemmConfig(tokens, 1, 1, warps, row_tiles, 3, "stream", digits=True)
+    problem = Problem(rows, inputs, tokens, dtype)
+    for backwards in (0, 1):
+        got = problem.run(built, config, norm, added, gated, backwards)
+        assert relative(got, problem.expected(norm, added, gated)) <= TYPES[dtype][1] * (1 + gated)
+    if added:
+        assert torch.equal(problem.total, problem.x + problem.residual)
+
+
+def test_fewer_tokens_than_the_kernel_takes(built: Callable[..., ctypes.CDLL]) -> None:
+    config = GemmConfig(2, 1, 1, 2, 1, 3, "stream", digits=True)
+    for tokens in (1, 3):
+        problem = Problem(33, 70, tokens, torch.float16)
+        problem.x = aligned(torch.nn.functional.pad(problem.x, (0, 2)))[:, :70]  # rows of whole 16-byte vectors
+        weights = problem.packed
+        y = torch.full((tokens, 33), torch.nan, dtype=torch.float16)
+        held = [problem.x, weights.codes, None, weights.row_scale, None, None, y]
+        params = GemmParams(
+            *(None if t is None else t.data_ptr() for t in held), None, None, 72,
+            tokens, 33, 70, weights.row_tiles, weights.chunks, weights.chunks, None,
+        )  # fmt: skip
+        plan = Plan(config)
+        grid = plan.grid(tokens, weights.row_tiles, BLOCKS)
+        shared = plan.shared_bytes(KernelSpec("fp16", 2), tokens, weights.row_tiles, weights.chunks, BLOCKS)
+        library = built(torch.float16, config, False, False)
+        assert library.run(ctypes.byref(params), ctypes.sizeof(params), grid[0], grid[1], shared, 0) == 0
+        assert relative(y, problem.x.double() @ problem.weight.T) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_extreme_activations(built: Callable[..., ctypes.CDLL], dtype: torch.dtype) -> None:
+    """Each value meets +1, -1 and 0; the others are far smaller or of any size."""
+    config = GemmConfig(2, 1, 1, 2, 1, 3, "stream", digits=True)
+    info = torch.finfo(dtype)
+    largest = 65504.0 if dtype is torch.float16 else 1e38
+    for value in (largest, info.smallest_normal, 6e-8, -0.0, torch.inf, torch.nan):
+        for others in (0.0, 1.0 if value < 1e38 or dtype is torch.float16 else 1e33):
+            problem = Problem(64, 256, 2, dtype)
+            problem.x *= others
+            problem.x[1, 33] = value
+            problem.bias.zero_()
+            got, expected = problem.run(built, config, False, False, False, 0), problem.expected(False, False, False)
+            torch.testing.assert_close(
+                got.double(), expected.to(dtype).double(), rtol=TYPES[dtype][1], atol=2e-3 * others, equal_nan=True
+            )
+    problem = Problem(64, 256, 2, dtype)
+    problem.x[0, 7] = torch.nan
+    got, expected = (problem.run(built, config, True, False, False, 0), problem.expected(True, False, False))
+    assert bool(got[0].isnan().all()) and relative(got[1], expected[1]) <= TYPES[dtype][1]
