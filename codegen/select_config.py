@@ -17,7 +17,7 @@ from tsld_fx.errors import BackendError
 _TUNED = Path(__file__).resolve().parent / "tuned"
 _NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
 _MAX_SPLITS = 16
-_MOST_NARROW = 1 << 17  # tokens: a narrow kernel has a counter for each 128 or 256 of them
+_MOST_NARROW = 1 << 17  # tokens: a narrow kernel has a counter for every 256 of them
 
 
 def _ceil_div(a: int, b: int) -> int:
