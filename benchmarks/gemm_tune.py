@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,15 +64,34 @@ def wgmma_candidates(m: int) -> list[GemmConfig]:
     return found
 
 
-def candidates(spec: KernelSpec, m: int, kernels: str) -> list[GemmConfig]:
+def tile_candidates(m: int) -> list[GemmConfig]:
+    found = []
+    for tokens, wn, wm, rt, stages in itertools.product((64, 128, 256), (1, 2, 4), (1, 2, 4), (2, 4), (3, 5, 6)):
+        per_warp = tokens // wm // 8
+        if tokens >= 2 * max(m, 64) or wn * wm not in (4, 8) or not 2 <= per_warp <= 8 or rt * per_warp < 16:
+            continue
+        found.append(GemmConfig(tokens, wn, wm, 1, rt, stages, "tile"))
+    return found
+
+
+def narrow_candidates() -> list[GemmConfig]:
+    return [GemmConfig(256, 8, 1, 1, 1, stages, "narrow") for stages in (4, 5)]
+
+
+def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[GemmConfig]:
+    """Configurations of these kernels that serve `m` tokens and whose names match the regular expression `only`."""
     wanted = kernels.split(",")
     found = stream_candidates(m) if "stream" in wanted and m <= 64 and not spec.quantised else []
     if "mma" in wanted and not spec.quantised:
         found += mma_candidates(m)
+    if "tile" in wanted and not spec.quantised and spec.bits == 2 and not spec.group and m > 32:
+        found += tile_candidates(m)
+    if "narrow" in wanted and spec.hopper and spec.quantised and m > 64:
+        found += narrow_candidates()
     if "wgmma" in wanted and spec.hopper and m > 8:
         found += wgmma_candidates(m)
     limit = shared_limit(spec.capability)
-    return [c for c in found if c.shared_bytes(spec) <= limit]
+    return [c for c in found if re.search(only, c.name) and c.shared_bytes(spec) <= limit]
 
 
 def random_weights(n: int, k: int, bits: int, group: int) -> KernelWeights:
@@ -109,7 +129,9 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
         per_split = -(-weights.chunks // splits)
         if splits > 1 and (per_split < config.stage_chunks or -(-weights.chunks // per_split) != splits):
             continue
-        if config.kernel == "mma":
+        if config.kernel == "narrow":
+            found += [Plan(config)] * (splits == 1)
+        elif config.kernel in ("mma", "tile"):
             if splits == 1 or 0.4 * multiprocessors < tiles * splits <= 4.5 * multiprocessors:
                 found.append(Plan(config, splits))
         elif config.kernel == "stream":
@@ -125,12 +147,12 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
 
 
 def tune(
-    gemms: list[LowBitGemm], m: int, kernels: str, deadline: float, quantised: Quantised | None
+    gemms: list[LowBitGemm], m: int, kernels: str, deadline: float, quantised: Quantised | None, only: str
 ) -> list[tuple[float, Plan]]:
     """(microseconds, plan), fastest first: every candidate once, the best ten again with care."""
     x = torch.randn(m, gemms[0].weights.in_features, dtype=torch.float16, device="cuda")
     results = []
-    for config in candidates(gemms[0].spec("fp16", quantised), m, kernels):
+    for config in candidates(gemms[0].spec("fp16", quantised), m, kernels, only):
         for plan in plans(gemms[0], config, m, quantised):
             if time.monotonic() > deadline:
                 break
@@ -152,9 +174,9 @@ def tune(
     return sorted(again, key=lambda r: r[0]) + results[8:]
 
 
-def build_all(spec: KernelSpec, tokens: list[int], kernels: str, workers: int) -> int:
+def build_all(spec: KernelSpec, tokens: list[int], kernels: str, workers: int, only: str) -> int:
     """Compile every candidate into the cache, several at once."""
-    configs = list(dict.fromkeys(c for m in tokens for c in candidates(spec, m, kernels)))
+    configs = list(dict.fromkeys(c for m in tokens for c in candidates(spec, m, kernels, only)))
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda c: build_kernel(spec, c), configs))
     return len(configs)
@@ -197,7 +219,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--quantised", choices=("int8", "fp8"), help="round the activations first (timed with it)")
-    parser.add_argument("--kernels", default="stream,mma,wgmma")
+    parser.add_argument("--kernels", default="stream,mma,tile,wgmma,narrow")
+    parser.add_argument("--only", default="", help="a regular expression: configurations whose names match it")
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")
     parser.add_argument("--workers", type=int, default=8)
@@ -207,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     spec = KernelSpec("fp16", args.bits, args.group, args.target, args.quantised)
     tokens = [int(m) for m in args.tokens.split(",")]
-    print(f"# {build_all(spec, tokens, args.kernels, args.workers)} kernels built", flush=True)
+    print(f"# {build_all(spec, tokens, args.kernels, args.workers, args.only)} kernels built", flush=True)
     if args.build_only:
         return
     start, found = time.monotonic(), []
@@ -216,7 +239,7 @@ def main() -> None:
     for index, (n, k, m) in enumerate(jobs):
         left = args.seconds - (time.monotonic() - start)
         gemms = layers(n, k, args.bits, args.group, args.target)
-        ranked = tune(gemms, m, args.kernels, time.monotonic() + left / (len(jobs) - index), args.quantised)
+        ranked = tune(gemms, m, args.kernels, time.monotonic() + left / (len(jobs) - index), args.quantised, args.only)
         for rank, (us, plan) in enumerate(ranked):
             entry = {
                 "n": n,

@@ -37,8 +37,9 @@ class GemmConfig:
     warps_n x warps_m x warps_k: how the warps share output rows, tokens and inputs.
     row_tiles: 16-row tiles per warp (mma, stream) or 64-row tiles per warp group of four warps (wgmma).
     stages: buffers of the asynchronous copies.
-    kernel: "stream" (few tokens; all warps lie along the inputs), "mma" (any number of tokens) or "wgmma" (Hopper,
-        many tokens; all warps lie along the rows).
+    kernel: "stream" (few tokens; all warps lie along the inputs), "mma" (any number of tokens), "wgmma" (Hopper,
+        many tokens; all warps lie along the rows), "tile" (many tokens without Hopper's instructions) or "narrow"
+        (Hopper, very many tokens: rounds x to 8 bits itself).
     digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
     """
 
@@ -48,7 +49,7 @@ class GemmConfig:
     warps_k: int
     row_tiles: int
     stages: int
-    kernel: Literal["stream", "mma", "wgmma"] = "mma"
+    kernel: Literal["stream", "mma", "tile", "wgmma", "narrow"] = "mma"
     digits: bool = False
 
     def __post_init__(self) -> None:
@@ -59,28 +60,39 @@ class GemmConfig:
             )
         if self.digits and (self.kernel != "stream" or self.tokens > 2):
             raise BackendError(f"GemmConfig {self.name}: digits are for stream kernels of one or two tokens.")
-        if self.kernel == "wgmma" and (
-            self.warps_m != 1
-            or self.warps_k != 1
+        if self.persistent and (
+            self.warps_m * self.warps_k != 1
             or self.warps_n % 4
             or self.tokens not in (16, 32, 64, 128, 256)
             or self.block_rows > 512
         ):
             raise BackendError(
-                f"GemmConfig {self.name}: a wgmma kernel takes 16, 32, 64, 128 or 256 tokens, whole groups of "
+                f"GemmConfig {self.name}: a {self.kernel} kernel takes 16, 32, 64, 128 or 256 tokens, whole groups of "
                 "four warps along the rows, and at most 512 rows per block."
             )
+        if self.kernel == "narrow" and (self.tokens, self.warps_n, self.row_tiles) != (256, 8, 1):
+            raise BackendError(f"GemmConfig {self.name}: a narrow kernel takes 128 rows and 256 tokens per block.")
 
     @property
     def threads(self) -> int:
-        if self.kernel == "wgmma":
+        if self.persistent:
             return 32 * self.warps_n + (128 if self.moves_registers else 32)
         return 32 * self.warps_n * self.warps_m * self.warps_k
 
     @property
     def moves_registers(self) -> bool:
         """WgmmaConfig::kMoveRegisters: a whole producer warp group gives its registers to the consumers."""
-        return self.kernel == "wgmma" and self.row_tiles * self.tokens > 192
+        return self.persistent and self.row_tiles * self.tokens > 192
+
+    @property
+    def persistent(self) -> bool:
+        """Whether blocks walk over output tiles, fed by tensor copies (wgmma, narrow)."""
+        return self.kernel in ("wgmma", "narrow")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the kernel rounds x to 8 bits itself."""
+        return self.kernel == "narrow"
 
     def least_blocks(self, spec: KernelSpec) -> int:
         """Blocks that shall fit on one multiprocessor: bounds the registers that the compiler may take."""
@@ -92,6 +104,9 @@ class GemmConfig:
             registers += 24 * (spec.quantised is not None or spec.group > 0)  # the scales of tokens or of groups
             fitting = [b for b in (6, 5, 4, 3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]
             return max(fitting, default=1)
+        if self.kernel == "tile":
+            registers = 4 * self.row_tiles * self.token_tiles + 4 * self.token_tiles + 8 * self.row_tiles + 64
+            return max(1, _REGISTERS // (self.threads * min(registers, 255)))
         sums = (
             self.row_tiles * self.token_tiles * (8 if spec.group and self.token_tiles < 4 else 4)
         )  # fp32 accumulators per thread
@@ -124,7 +139,7 @@ class GemmConfig:
         """Shared memory of a block that does not depend on the shape, bytes; kSharedBytes of the configuration."""
         if self.kernel == "stream":
             return self.warps_k * self.stages * self.row_tiles * (tile_bytes(spec.bits) + meta_bytes(spec))
-        if self.kernel == "wgmma":
+        if self.persistent:
             tiles = self.block_rows // TILE_ROWS
             stage = (
                 self.tokens * CHUNK * spec.x_bytes
@@ -132,7 +147,12 @@ class GemmConfig:
                 + _round_up(tiles * meta_bytes(spec), 1024)
             )
             store = 2 * 32 * (64 * 2 + 16) * (self.tokens * (3 - spec.x_bytes) > 64)  # of a warp group
+            store += self.tokens * 4 * (spec.x_bytes == 1)  # the tokens' scales
             return 1024 + self.stages * stage + self.warps_n // 4 * store
+        if self.kernel == "tile":
+            codes = self.warps_n * self.row_tiles * tile_bytes(spec.bits)
+            store = self.threads // 32 * self.token_tiles * 8 * max(_PAD_ROWS * 4, self.row_tiles * TILE_ROWS * 2 + 16)
+            return max(self.stages * self.tokens * CHUNK + (self.stages // 2 + 1) * codes, store)
         x_bytes = _round_up(self.tokens * (self.warps_k * CHUNK * 2 + 16), 128)
         warp_tiles = self.warps_n * self.warps_k * self.row_tiles
         stage = x_bytes + warp_tiles * tile_bytes(spec.bits) + _round_up(warp_tiles * meta_bytes(spec), 128)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +16,13 @@ from tsld_fx.codegen.compiler import KernelBuildError, find_compiler
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel, tensor_map
 from tsld_fx.codegen.layout import KernelWeights, to_kernel_layout
-from tsld_fx.codegen.quantise import quantise_tokens
+from tsld_fx.codegen.quantise import empty_tokens, quantise_tokens
 from tsld_fx.codegen.render import kernel_name, render
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import Activation, KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
+QUANTISED_TOKENS = 1024  # from so many tokens on, rounding activations to 8 bits is faster than not (docs/cuda.md)
 _KEPT = 512  # numbers of tokens whose launches are kept prepared, per layer
 _ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,7 +35,7 @@ class GemmParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partial", "counters")),
         ("ldx", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "row_tiles", "chunks", "chunks_per_split")),
-        *((name, ctypes.c_void_p) for name in ("x_scale", "norm_weight", "residual", "total")),
+        *((name, ctypes.c_void_p) for name in ("x_scale", "x_narrow", "norm_weight", "residual", "total")),
         ("eps", ctypes.c_float),
     ]
 
@@ -116,6 +118,7 @@ class LowBitGemm:
         self.weights = weights
         self._overlap = self.spec("fp16").capability >= 90  # the code for sm_80 does not wait for earlier kernels
         self._prepared: dict[tuple[int, Activation, Quantised | None, bool, bool], _Prepared] = {}
+        self.rounding: Quantised | None = None  # of calls with QUANTISED_TOKENS tokens or more
 
     @classmethod
     def pack(
@@ -144,6 +147,14 @@ class LowBitGemm:
                 f"or pack on another device. ({error})"
             ) from error
         return cls(weights, where, target)
+
+    def round_activations(self, mode: str) -> None:
+        """Round x of later calls to 8 bits (`int8`, `fp8`) where that has kernels and pays; other modes keep x.
+
+        It has kernels for ternary weights with one scale per row on Hopper, and pays from QUANTISED_TOKENS tokens on.
+        """
+        serves = self.weights.bits == 2 and not self.weights.group and self.spec("fp16").hopper
+        self.rounding = next((kind for kind in get_args(Quantised) if serves and kind == mode), None)
 
     def _check(self, x: Tensor, bias: Tensor | None) -> Activation:
         if x.device != self.device:
@@ -191,7 +202,8 @@ class LowBitGemm:
 
         plan: run this configuration instead of the chosen one (tuning). overlap: False launches without overlap with
         the kernel before (see `LoadedKernel.launch`); otherwise Hopper and later overlap. quantise: round x to 8 bits
-        first, one scale per token (its largest magnitude): faster with many tokens, and inexact.
+        first, one scale per token (its largest magnitude): faster with many tokens, and inexact; default what
+        `round_activations` says.
         """
         activation = self._check(x, bias)
         weights = self.weights
@@ -204,6 +216,8 @@ class LowBitGemm:
             return y.copy_(bias) if bias is not None else y.zero_()
         if m >= 2**31:
             raise BackendError(f"x has {m} rows; one call takes fewer than 2^31. Split the batch.")
+        if quantise is None and plan is None and m >= QUANTISED_TOKENS:
+            quantise = self.rounding
         rows = aligned_rows(x.reshape(m, k))
         if torch.cuda.current_device() == self.device.index:
             self._run(rows, bias, y, activation, plan, overlap, quantise)
@@ -216,10 +230,13 @@ class LowBitGemm:
         self, rows: Tensor, bias: Tensor | None, y: Tensor, activation: Activation, plan: Plan | None,
         overlap: bool | None, quantise: Quantised | None,
     ) -> None:  # fmt: skip
-        scale = None
-        if quantise is not None:
-            rows, scale = quantise_tokens(rows, self.spec(activation, quantise), self.weights.chunks)
-        self._launch(rows, scale, bias, y, self._prepare(rows.shape[0], activation, quantise, plan), overlap)
+        prepared = self._prepare(rows.shape[0], activation, quantise, plan)
+        narrow = scale = None
+        if quantise is not None and prepared.plan.config.rounds:
+            narrow, scale = empty_tokens(rows, self.weights.chunks)
+        elif quantise is not None:
+            rows, scale = quantise_tokens(rows, prepared.spec, self.weights.chunks)
+        self._launch(rows, scale, bias, y, prepared, overlap, narrow=narrow)
 
     def _prepare(
         self,
@@ -254,16 +271,18 @@ class LowBitGemm:
     def _launch(
         self, rows: Tensor, x_scale: Tensor | None, bias: Tensor | None, y: Tensor, prepared: _Prepared,
         overlap: bool | None = None, norm: tuple[Tensor, Tensor | None, Tensor | None, float] | None = None,
+        narrow: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Enqueue one kernel; rows [m, k] with 16-byte aligned rows, or quantised ones with their scales [m].
 
-        norm: (weight, residual, where x + residual goes, eps) of kernels that normalise x.
+        norm: (weight, residual, where x + residual goes, eps) of kernels that normalise x. narrow: where the kernel
+        itself leaves the quantised rows, and in x_scale their scales.
         """
         weights, m, plan = self.weights, rows.shape[0], prepared.plan
         stream = torch.cuda.current_stream(self.device).cuda_stream
         partial: Tensor | None = None
         counters: Tensor | None = None
-        if prepared.floats:
+        if prepared.floats or narrow is not None:
             partial, counters = workspace.split_k_buffers(self.device, prepared.floats, stream)
         bias = None if bias is None else bias.contiguous()
         params = GemmParams(
@@ -277,15 +296,17 @@ class LowBitGemm:
             *(m, weights.out_features, weights.in_features, weights.row_tiles, weights.chunks),
             -(-weights.chunks // plan.splits),
             None if x_scale is None else x_scale.data_ptr(),
+            None if narrow is None else narrow.data_ptr(),
             *(None if t is None else t.data_ptr() for t in (norm[:3] if norm else ())),
         )
         if norm:
             params.eps = norm[3]
         ensure_context(self.device.index)
         arguments: list[ctypes.Structure] = [params]
-        if plan.config.kernel == "wgmma":
-            shape = (m, rows.shape[1], params.ldx, plan.config.tokens)
-            arguments.append(tensor_map(rows.data_ptr(), rows.dtype, *shape))
+        if plan.config.persistent:
+            x = rows if narrow is None else narrow
+            shape = (m, x.shape[1], params.ldx if narrow is None else x.shape[1])
+            arguments.append(tensor_map(x.data_ptr(), x.dtype, *shape, plan.config.tokens))
         overlaps = self._overlap and overlap is not False
         prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps)
 

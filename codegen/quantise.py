@@ -11,7 +11,7 @@ from torch import Tensor
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import find_compiler
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
-from tsld_fx.codegen.render import QUANTISE_THREADS, quantise_name, render_quantise
+from tsld_fx.codegen.render import QUANTISE_THREADS, quantise_name, quantise_vecs, render_quantise
 from tsld_fx.codegen.spec import CHUNK, KernelSpec
 
 
@@ -26,10 +26,16 @@ class QuantiseParams(ctypes.Structure):
 
 
 @lru_cache(maxsize=32)
-def _kernel(spec: KernelSpec, device: int) -> LoadedKernel:
+def _kernel(spec: KernelSpec, vecs: int, device: int) -> LoadedKernel:
     ensure_context(device)
-    binary, _ = KernelCache.default().get_or_build(render_quantise(spec), spec.target, find_compiler())
-    return load_kernel(binary, quantise_name(spec), QUANTISE_THREADS)
+    binary, _ = KernelCache.default().get_or_build(render_quantise(spec, vecs), spec.target, find_compiler())
+    return load_kernel(binary, quantise_name(spec, vecs), QUANTISE_THREADS)
+
+
+def empty_tokens(rows: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
+    """Room for what `quantise_tokens` returns."""
+    values = torch.empty(rows.shape[0], chunks * CHUNK, dtype=torch.uint8, device=rows.device)
+    return values, torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
 
 
 def quantise_tokens(rows: Tensor, spec: KernelSpec, chunks: int) -> tuple[Tensor, Tensor]:
@@ -40,9 +46,8 @@ def quantise_tokens(rows: Tensor, spec: KernelSpec, chunks: int) -> tuple[Tensor
     stream of the rows' device.
     """
     m, k = rows.shape
-    values = torch.empty(m, chunks * CHUNK, dtype=torch.uint8, device=rows.device)
-    scales = torch.empty(m, dtype=torch.float32, device=rows.device)
-    kernel = _kernel(spec, rows.device.index)
+    values, scales = empty_tokens(rows, chunks)
+    kernel = _kernel(spec, quantise_vecs(chunks), rows.device.index)
     ldx = rows.stride(0) if m > 1 else -(-k // 8) * 8
     params = QuantiseParams(rows.data_ptr(), values.data_ptr(), scales.data_ptr(), ldx, values.shape[1], m, k)
     stream = torch.cuda.current_stream(rows.device).cuda_stream

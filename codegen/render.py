@@ -8,13 +8,14 @@ from functools import lru_cache
 import jinja2
 
 from tsld_fx.codegen.config import GemmConfig
-from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.codegen.spec import CHUNK, KernelSpec
 from tsld_fx.cuda_templates import TEMPLATE_DIR
 from tsld_fx.errors import BackendError
 
 _TYPES = {"fp16": "Fp16", "bf16": "Bf16"}
 _QUANTISED = {"int8": "Int8", "fp8": "Fp8"}
-QUANTISE_THREADS = 128
+QUANTISE_THREADS = 256
+_MOST_VECS = 8  # vectors of eight inputs that a thread keeps in registers
 
 
 @lru_cache(maxsize=1)
@@ -33,21 +34,22 @@ def kernel_name(spec: KernelSpec, config: GemmConfig) -> str:
 
 def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
     """What the template writes for one kernel."""
-    if config.kernel == "mma":
-        entry = "Mma"
+    if config.kernel in ("mma", "tile"):
+        entry = config.kernel.title()
         shape = [config.tokens, config.warps_n, config.warps_m, config.warps_k, config.row_tiles]
     elif config.kernel == "stream":
         entry, shape = "Stream", [config.tokens, config.warps_k, config.row_tiles]
     elif spec.hopper:
-        entry, shape = "Wgmma", [config.tokens, config.warps_n // 4, config.row_tiles]
+        entry, shape = config.kernel.title(), [config.tokens, config.warps_n // 4, config.row_tiles]
     else:
         raise BackendError(f"{config.name} uses Hopper's instructions, which {spec.target} lacks. Build for sm_90a.")
     activation = f"tsld::{_TYPES[spec.activation]}"
     if spec.quantised:
-        if entry != "Wgmma":
+        if entry not in ("Wgmma", "Narrow"):
             raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
         activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
-    arguments = [activation, spec.bits, spec.group, *shape, config.stages]
+    weights = [] if entry == "Narrow" else [spec.bits, spec.group]
+    arguments = [activation, *weights, *shape, config.stages]
     if config.digits and (spec.bits != 2 or spec.group):
         raise BackendError(f"{config.name} takes ternary weights with one scale per row, not {spec}.")
     if spec.norm or spec.gated or config.digits:
@@ -59,19 +61,24 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         "comment": f"{config.block_rows} rows x {config.block_tokens} tokens per block",
         "config": f"{entry}Config<{', '.join(map(str, arguments))}>",
         "entry": f"{entry}Gemm",
-        "tensor_map": config.kernel == "wgmma",
+        "tensor_map": config.persistent,
         "threads": config.threads,
         "bounds": f"{config.threads}, {config.least_blocks(spec)}",
         "shared_bytes": config.shared_bytes(spec),
     }
 
 
-def quantise_name(spec: KernelSpec) -> str:
+def quantise_vecs(chunks: int) -> int:
+    """Vectors of eight inputs that a thread keeps, for rows of so many chunks."""
+    return max(1, min(-(-chunks * CHUNK // (8 * QUANTISE_THREADS)), _MOST_VECS))
+
+
+def quantise_name(spec: KernelSpec, vecs: int) -> str:
     """Name of the kernel that rounds the activations of `spec` to 8 bits."""
-    return f"tsld_quantise_{spec.activation}_{spec.quantised}"
+    return f"tsld_quantise_{spec.activation}_{spec.quantised}_v{vecs}"
 
 
-def render_quantise(spec: KernelSpec) -> str:
+def render_quantise(spec: KernelSpec, vecs: int) -> str:
     """Source of the kernel that rounds activations to 8 bits, one scale per token."""
     if spec.quantised is None:
         raise BackendError(f"{spec} keeps its activations as they are: there is nothing to quantise.")
@@ -79,7 +86,8 @@ def render_quantise(spec: KernelSpec) -> str:
         environment()
         .get_template("quantise.cu.j2")
         .render(
-            name=quantise_name(spec),
+            name=quantise_name(spec, vecs),
+            vecs=vecs,
             type=f"tsld::{_QUANTISED[spec.quantised]}<tsld::{_TYPES[spec.activation]}>",
             threads=QUANTISE_THREADS,
         )

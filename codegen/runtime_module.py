@@ -79,7 +79,7 @@ def plan_ranges(spec: KernelSpec, n: int, k: int, max_tokens: int | None = None)
 
     def plan(m: int) -> Plan:
         found = choose(spec, n, k, m, multiprocessors)
-        return found if found.splits > 1 or found.config.kernel != "mma" else replace(found, per_sm=1)
+        return found if found.splits > 1 or found.config.kernel not in ("mma", "tile") else replace(found, per_sm=1)
 
     last = _LAST if max_tokens is None else max_tokens
     points = [m for m in (*range(1, 513), *range(576, MANY_TOKENS + 1, 64)) if m < last] + [last]

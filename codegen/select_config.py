@@ -17,6 +17,7 @@ from tsld_fx.errors import BackendError
 _TUNED = Path(__file__).resolve().parent / "tuned"
 _NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
 _MAX_SPLITS = 16
+_MOST_NARROW = 1 << 17  # tokens: a narrow kernel has a counter for every 256 of them
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -38,7 +39,7 @@ class Plan:
 
     def grid(self, m: int, row_tiles: int, multiprocessors: int) -> tuple[int, int, int]:
         rows, tokens = self.tiles(m, row_tiles)
-        if self.config.kernel == "wgmma":
+        if self.config.persistent:
             return min(rows * tokens * self.splits, multiprocessors * self.per_sm), 1, 1
         if self.config.kernel == "stream":
             rows = max(1, min(rows, multiprocessors * self.per_sm // (tokens * self.splits)))
@@ -57,7 +58,7 @@ class Plan:
 
     def partial_floats(self, m: int, row_tiles: int) -> int:
         """float32 values of the partial sums of a split launch."""
-        if self.config.kernel == "wgmma":
+        if self.config.persistent:
             return self.splits * math.prod(self.tiles(m, row_tiles)) * self.config.block_rows * self.config.tokens
         return self.splits * m * row_tiles * TILE_ROWS
 
@@ -81,6 +82,10 @@ _WGMMA = {
     1 << 31: GemmConfig(tokens=128, warps_n=8, warps_m=1, warps_k=1, row_tiles=2, stages=4, kernel="wgmma"),
 }
 _WGMMA_NARROW = {**_WGMMA, 1 << 31: GemmConfig(256, 8, 1, 1, 1, 4, "wgmma")}  # 8-bit activations
+_TILE = {  # ternary weights with one scale per row, without Hopper's instructions
+    256: GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=1, row_tiles=2, stages=5, kernel="tile"),
+    1 << 31: GemmConfig(tokens=128, warps_n=4, warps_m=2, warps_k=1, row_tiles=4, stages=6, kernel="tile"),
+}
 
 
 @lru_cache(maxsize=8)
@@ -99,6 +104,15 @@ def _kind(entry: dict[str, Any]) -> tuple[int, bool, str | None]:
     return int(entry["bits"]), bool(entry["group"]), entry.get("quantised")
 
 
+def _serves(kernel: str, spec: KernelSpec, m: int) -> bool:
+    """Whether a kind of kernel computes this at all."""
+    if kernel == "tile":
+        return spec.bits == 2 and not spec.group and spec.quantised is None
+    if kernel == "narrow":
+        return spec.hopper and spec.quantised is not None and m <= _MOST_NARROW
+    return spec.hopper or kernel != "wgmma"
+
+
 def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
     """The entry nearest in N and K among those that serve this M, kind of weights and kind of scale."""
 
@@ -108,7 +122,7 @@ def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
     serving = [
         e
         for e in tuned_table(spec.capability)
-        if e["m_min"] <= m <= e["m_max"] and (spec.hopper or e["config"]["kernel"] != "wgmma")
+        if e["m_min"] <= m <= e["m_max"] and _serves(e["config"]["kernel"], spec, m)
     ]
     kinds = [(spec.bits, bool(spec.group), spec.quantised)]
     if spec.quantised is None:
@@ -140,6 +154,8 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
             return plan
     table = _WGMMA_NARROW if spec.quantised else _WGMMA if spec.hopper and m > 32 else _MMA
+    if m > 64 and not spec.hopper and _serves("tile", spec, m):
+        table = _TILE
     config = table[min((t for t in table if t >= m), default=max(table))]
     config = config.fitted(spec, limit)
     per_sm = max(1, min(limit // config.shared_bytes(spec), 1024 // config.threads, config.least_blocks(spec)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import tsld_fx
 from tests.models import build, ids
-from tsld_fx import QuantConfig, TernaryWeight, backends, convert, cuda_linear, prepare
+from tsld_fx import AffineWeight, QuantConfig, TernaryWeight, backends, convert, cuda_linear, prepare
 from tsld_fx.backends import check_backend
 from tsld_fx.codegen import compiler
 from tsld_fx.errors import BackendError, TsldError
@@ -76,6 +76,31 @@ def test_format_without_a_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     prepared = prepare(build("llama"), QuantConfig(weight=TernaryWeight(granularity="group", group_size=4)))
     with pytest.raises(BackendError, match=r"backend='cuda': model\.layers\.0\..*group of 32.*not 4.*reference"):
         convert(prepared, backend="cuda")
+
+
+def test_eight_bit_activations_need_kernels_and_layers_that_they_serve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prepared = prepare(build("llama"))
+    eight = prepare(build("llama"), QuantConfig(weight=AffineWeight(bits=8)))
+    convert(eight, "reference").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"activations='fp8' has no effect here: 'cpu' keeps"):
+        lowered = convert(prepared, activations="fp8")
+    assert all(layer.activations == "a16" for layer in lowered.lowbit_layers().values())
+    with pytest.raises(BackendError, match=r"'fp8' is a mode of backend='cuda'; backend='cpu' keeps"):
+        convert(prepared, "cpu", activations="fp8")
+    with pytest.raises(BackendError, match=r"'add' is a mode of backend='cpu'; backend='cuda' keeps"):
+        convert(prepared, "cuda", activations="add")
+    monkeypatch.setattr(backends, "_cuda_problem", lambda device: None)
+    fake_gpu(monkeypatch, (8, 0))
+    with pytest.raises(BackendError, match=r"activations='fp8'.*Hopper.*Leave activations out"):
+        convert(prepared, "cuda", activations="fp8")
+    fake_gpu(monkeypatch, (9, 0))
+    with pytest.raises(BackendError, match=r"activations='int8'.*one scale per channel or tensor; there is none"):
+        convert(eight, "cuda", activations="int8")
+    with pytest.raises(BackendError, match=r"activations='int8'.*one scale per channel or tensor; there is none"):
+        tsld_fx.load(tmp_path, "cuda", activations="int8")
+    backends.check_rounding("int8", "cuda", None, [(8, False), (2, False)])
 
 
 def test_auto_is_the_cpu_on_the_cpu(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from tsld_fx.errors import BackendError
 from tsld_fx.lowbit_linear import LowBitLinear
 
 BACKENDS = ("reference", "cuda", "cpu", "tvm")
+ACTIVATIONS = {"a16": BACKENDS, "int8": ("cpu", "cuda"), "add": ("cpu",), "fp8": ("cuda",)}  # mode -> who has it
 
 
 def check_backend(name: str, device: torch.device | str | None = None) -> None:
@@ -45,14 +46,38 @@ def check_activations(activations: str, backend: str) -> None:
     Raises:
         BackendError: it says which there are.
     """
-    from tsld_fx.codegen.cpu.gemm import check_activations as check
-
-    check(activations)
-    if activations != "a16" and backend not in ("auto", "cpu"):
+    if activations not in ACTIVATIONS:
+        raise BackendError(f"activations={activations!r} is unknown. Use one of {', '.join(map(repr, ACTIVATIONS))}.")
+    having = ACTIVATIONS[activations]
+    if backend != "auto" and backend in BACKENDS and backend not in having:
+        names = " and ".join(f"backend={name!r}" for name in having)
         raise BackendError(
-            f"activations={activations!r} is a mode of backend='cpu'; backend={backend!r} keeps activations as they "
-            "are. Leave activations out, or use backend='cpu'."
+            f"activations={activations!r} is a mode of {names}; backend={backend!r} keeps activations as they are. "
+            f"Leave activations out, or use backend={having[0]!r}."
         )
+
+
+def check_rounding(
+    activations: str, backend: str, device: torch.device | str | None, formats: Iterable[tuple[int, bool]]
+) -> None:
+    """Refuse 8-bit activations on a CUDA device, or for weights, without kernels for them.
+
+    Args:
+        device: where the model lies, or will.
+        formats: (bits, whether scales are per group) of the layers.
+
+    Raises:
+        BackendError: it says what lacks kernels. `auto` is never refused: it keeps activations as they are, and warns.
+    """
+    if backend == "cuda" and activations in ("int8", "fp8"):
+        problem = _rounding_problem(device, formats)
+        if problem is not None:
+            raise BackendError(f"activations={activations!r}: {problem} Leave activations out.")
+
+
+def layer_formats(layers: Iterable[LowBitLinear]) -> list[tuple[int, bool]]:
+    """(bits, whether scales are per group) of each layer, as `check_rounding` wants them."""
+    return [(layer.bits, 0 < layer.group_size < layer.in_features) for layer in layers]
 
 
 def use_backend(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str = "a16") -> str:
@@ -61,22 +86,29 @@ def use_backend(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name
     Raises:
         BackendError: the backend cannot run here, or serves one of the layers not.
     """
-    used = _put_on(model, layers, name, activations)
-    if activations == "int8" and used != "cpu":
+    check_backend(name, model.device)
+    used = _put_on(model, layers, name)
+    problem = None
+    if used not in ACTIVATIONS[activations]:
+        problem = f"{used!r} keeps activations as they are."
+    elif used == "cuda" and activations != "a16":
+        problem = _rounding_problem(model.device, layer_formats(layers.values()))
+    if problem is not None and activations in ("int8", "fp8"):
         warnings.warn(
-            f"activations='int8' is what only backend='cpu' has; {used!r} keeps activations as they are, so results "
-            "differ from the CPU's in the second or third digit.",
+            f"activations={activations!r} has no effect here: {problem} Results differ in the second or third digit "
+            "from those with rounded activations.",
             stacklevel=3,
         )
+    if used != "reference":
+        for layer in layers.values():
+            layer.use_kernels(used, "a16" if problem is not None else activations)
     return used
 
 
-def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str, activations: str) -> str:
-    check_backend(name, model.device)
+def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str) -> str:
+    """The backend that runs, with the model where that wants it."""
     wanted = model.device.type if name == "auto" else name
     if wanted == "tvm" and layers:
-        for layer in layers.values():
-            layer.use_kernels("tvm")
         return "tvm"
     if wanted not in ("cpu", "cuda") or not layers:
         return "reference"
@@ -89,9 +121,21 @@ def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: st
         return "reference"
     if wanted == "cuda" and model.device.type != "cuda":
         model.to(torch.device("cuda", torch.cuda.current_device()))
-    for layer in layers.values():
-        layer.use_kernels(wanted, activations)
     return wanted
+
+
+def _rounding_problem(device: torch.device | str | None, formats: Iterable[tuple[int, bool]]) -> str | None:
+    """What keeps 8-bit activations from having kernels on a CUDA device; of the current one if `device` is none."""
+    where = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if where.type != "cuda" or where.index is None else where.index
+    if torch.cuda.get_device_capability(index) != (9, 0):
+        return (
+            f"cuda:{index} ({torch.cuda.get_device_name(index)}) has none of the kernels for 8-bit activations, which "
+            "are for Hopper (compute capability 9.0)."
+        )
+    if not any(bits == 2 and not grouped for bits, grouped in formats):
+        return "kernels for 8-bit activations serve ternary layers with one scale per channel or tensor; there is none."
+    return None
 
 
 def _cpu_problem(device: torch.device | str | None) -> str | None:

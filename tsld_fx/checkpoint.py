@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tsld_fx.backends import check_activations, check_backend
+from tsld_fx.backends import check_activations, check_backend, check_rounding
 from tsld_fx.errors import BackendError, CheckpointError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, as_lowered
@@ -131,6 +131,17 @@ def _other_shapes(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], tu
     return [(name, tuple(found), tuple(wanted)) for name, found, wanted in pairs if found != wanted]
 
 
+def _formats(quantization: dict[str, Any]) -> list[tuple[int, bool]]:
+    """(bits, whether scales are per group) of the layers that config.json describes."""
+    layers = quantization.get("layers")
+    described = layers.values() if isinstance(layers, dict) else ()
+    return [
+        (int(layer["bits"]), 0 < layer["group_size"] < layer["in_features"])
+        for layer in described
+        if isinstance(layer, dict) and {"bits", "group_size", "in_features"} <= set(layer)
+    ]
+
+
 def load(
     path: str | Path,
     backend: str = "auto",
@@ -145,7 +156,7 @@ def load(
         path: the checkpoint's folder.
         backend: as in `convert`; `auto` goes by `device`.
         device: where to put it (default: where transformers loads it, the CPU; with backend `cuda` the current GPU).
-        activations: as in `convert`; default what the checkpoint records. Backends other than `cpu` do without.
+        activations: as in `convert`; default what the checkpoint records, where the backend has that mode.
         kwargs: go to AutoModelForCausalLM.from_pretrained (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Raises:
@@ -171,9 +182,11 @@ def load(
     if activations is None:
         activations = str(quantization.get("activations", "a16"))
         try:
-            check_activations(activations, "cpu")
+            check_activations(activations, "auto")
         except BackendError as error:
             raise CheckpointError(f"{folder}: quantization_config: {error} Or pass activations= to load.") from None
+    else:
+        check_rounding(activations, backend, device, _formats(quantization))
     model = from_pretrained(folder, **kwargs)
     if device is not None:
         model.to(device)

@@ -17,11 +17,19 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def _pack(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int, in_features: int
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activations: str = "a16",
 ) -> LowBitGemm:
     from tsld_fx.codegen import LowBitGemm
 
-    return LowBitGemm.pack(packed, scales, zeros, bits, group_size, in_features, packed.device)
+    gemm = LowBitGemm.pack(packed, scales, zeros, bits, group_size, in_features, packed.device)
+    gemm.round_activations(activations)
+    return gemm
 
 
 def _refuse_in_capture() -> None:

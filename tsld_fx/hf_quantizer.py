@@ -30,7 +30,7 @@ class TsldQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         quant: QuantConfig.to_dict() of the model that was prepared.
         layers: module name -> in_features, out_features, bits, group_size (0 channel, -1 tensor), zero, bias.
-        activations: how the CPU's kernels take the inputs of the layers (`a16`, `int8` or `add`, see `convert`).
+        activations: how kernels take the inputs of the layers (`a16`, `int8`, `fp8` or `add`, see `convert`).
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class LowBitLinear(nn.Module):
         """Run kernels from now on: on `cuda` for fp16 and bf16 activations, on `cpu` for these and float32.
 
         Args:
-            activations: `a16`, `int8` or `add`, see `convert`; of the CPU's kernels.
+            activations: `a16`, `int8`, `fp8` or `add`, see `convert`.
 
         Raises:
             BackendError: no kernel serves this layer or its device, or too little memory.
@@ -88,7 +88,7 @@ class LowBitLinear(nn.Module):
             return
         weight = (packed, self.weight_scale, self.weight_zero, self.bits, self.group_size, self.in_features)
         if self.kernels == "cuda":
-            cuda_linear.register(*weight)
+            cuda_linear.register(*weight, self.activations)
         else:
             self._entry = cpu_linear.register(*weight, "tvm" if self.kernels == "tvm" else self.activations)
 

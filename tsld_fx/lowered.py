@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
-from tsld_fx.backends import check_activations, check_backend, use_backend
+from tsld_fx.backends import check_activations, check_backend, check_rounding, use_backend
 from tsld_fx.capture import attach, capture, max_positions
 from tsld_fx.errors import ConfigError
 from tsld_fx.hf_quantizer import TsldHfQuantizer, TsldQuantizationConfig
@@ -154,9 +154,11 @@ def convert(
             and bf16 activations run low-bit kernels: call `.to(torch.float16)` or `.to(torch.bfloat16)` on it),
             `cpu` (kernels built by the system's C++ compiler, once), or `auto`: the kernels of the device that
             `prepared` lies on, or `reference`, with a warning, where they cannot run.
-        activations: how the CPU's kernels take the inputs of a layer; checkpoints record it. `a16`: as two int8 limbs
-            or more, a relative error of at most 1e-4 a layer; `int8`: rounded to 8 bits per row, about 1e-2; `add`:
-            float32 additions and subtractions only, for ternary layers (others run `a16`).
+        activations: how kernels take the inputs of a layer; checkpoints record it. `a16`: on CUDA as they are, on the
+            CPU as two int8 limbs or more, a relative error of at most 1e-4 a layer; `int8` (CPU, Hopper GPUs): rounded
+            to 8 bits per row, about 1e-2; `fp8` (Hopper GPUs): likewise to e4m3, about 3e-2; `add` (CPU): float32
+            additions and subtractions only. On GPUs 8 bits need many tokens and ternary layers with one scale per
+            channel or tensor, `add` needs ternary layers; other layers and calls run `a16` (docs/cuda.md).
         listener: called after each pass.
 
     Raises:
@@ -169,6 +171,9 @@ def convert(
         )
     check_activations(activations, backend)
     check_backend(backend, prepared.device)
+    config = prepared.quant_config
+    weights = [w for w in (config.weight, *config.overrides.values()) if w is not None]
+    check_rounding(activations, backend, prepared.device, [(w.bits, w.granularity == "group") for w in weights])
     graph_module = prepared.graph_module
     snapshot = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))  # containers of its own
     snapshot = run_passes(snapshot, convert_pipeline(), listener)

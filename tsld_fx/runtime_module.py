@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,7 @@ def build_runtime_module(
     from tsld_fx.codegen.spec import KernelSpec
 
     layers = _check_build(lowered, Path(path), dtype, max_tokens)
+    _warn_of_rounding(lowered)
     targets = modules.targets_of(arch)
     dtype = dtype or (lowered.dtype if lowered.dtype in _DTYPES else torch.float16)
     kernels, described = {}, {}
@@ -158,6 +160,16 @@ def _check_build(
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file()):
         raise CheckpointError(f"{path}: something that is no runtime module is in the way. Choose another folder.")
     return layers
+
+
+def _warn_of_rounding(lowered: LoweredModel) -> None:
+    recorded = getattr(lowered.config.quantization_config, "activations", "a16")
+    if recorded in ("int8", "fp8"):
+        warnings.warn(
+            f"build_runtime_module: the model was converted with activations={recorded!r}, which runtime modules do "
+            "not have: theirs stay 16 bits.",
+            stacklevel=3,
+        )
 
 
 def _filled(described: dict[str, Any], parts: dict[str, torch.Tensor], layer: LowBitLinear) -> RuntimeLinear:

@@ -25,31 +25,46 @@ __device__ __forceinline__ void dequant_pair(u32 (&a)[2][4], const u32 (&words)[
 }
 
 // ---- 4 bits: or-ing a code into the mantissa of 1024 (fp16) or 128 (bf16) adds it; subtract that + zero point.
-// Register j (0..3) of word s (step s): first input at bits 4j, second at bits 16+4j.
-template <class T>
-struct Magic4;
+// Register j (0..3) of word s (step s): first input at bits 4j, second at bits 16+4j. In fp16 the odd registers (row
+// g+8) take their codes where they lie, four bits higher: (1024 + 16 code) / 16 - (64 + zero), exact as well.
+
+// (word & mask) | base, in one instruction: left to itself, the compiler takes two, with a constant each
+__device__ __forceinline__ u32 and_or(u32 word, u32 mask, u32 base) {
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(word), "r"(mask), "r"(base));
+  return r;
+}
+
 template <>
-struct Magic4<Fp16> {
-  static constexpr u32 kBase = 0x64006400u;  // 1024, 1024
-};
-template <>
-struct Magic4<Bf16> {
-  static constexpr u32 kBase = 0x43004300u;  // 128, 128
+struct ZeroPoint<Fp16, 4> {
+  u32 v[2];  // 1024 + zero; -(64 + zero)
+  __device__ __forceinline__ void set(int half, u32 zero) {
+    v[half] = half == 0 ? 0x64006400u | zero | (zero << 16) : 0xD400D400u | (zero << 4) | (zero << 20);
+  }
 };
 
-template <class T>
-struct ZeroPoint<T, 4> {
+template <>
+struct ZeroPoint<Bf16, 4> {
   u32 v[2];
-  __device__ __forceinline__ void set(int half, u32 zero) { v[half] = Magic4<T>::kBase | zero | (zero << 16); }
+  __device__ __forceinline__ void set(int half, u32 zero) { v[half] = 0x43004300u | zero | (zero << 16); }
 };
 
-template <class T>
-__device__ __forceinline__ void dequant_pair(u32 (&a)[2][4], const u32 (&words)[2], const ZeroPoint<T, 4>& zero) {
+__device__ __forceinline__ void dequant_pair(u32 (&a)[2][4], const u32 (&words)[2], const ZeroPoint<Fp16, 4>& zero) {
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      a[s][j] = T::sub2(((words[s] >> (4 * j)) & 0x000F000Fu) | Magic4<T>::kBase, zero.v[j % 2]);
+    for (int j = 0; j < 4; j += 2) {
+      const u32 word = words[s] >> (4 * j);
+      a[s][j] = Fp16::sub2(and_or(word, 0x000F000Fu, 0x64006400u), zero.v[0]);
+      a[s][j + 1] = Fp16::fma2(and_or(word, 0x00F000F0u, 0x64006400u), 0x2C002C00u, zero.v[1]);  // x 1/16
+    }
+}
+
+__device__ __forceinline__ void dequant_pair(u32 (&a)[2][4], const u32 (&words)[2], const ZeroPoint<Bf16, 4>& zero) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[s][j] = Bf16::sub2(and_or(words[s] >> (4 * j), 0x000F000Fu, 0x43004300u), zero.v[j % 2]);
 }
 
 // ---- 8 bits: a byte permutation builds 1024 + code in fp16; bf16 has too few mantissa bits for that, so it goes

@@ -17,7 +17,7 @@
 namespace tsld {
 
 // kNorm, kGated: x is normalised, or the outputs are gated, on the way (stream_fusion.cuh); without a split only.
-// kDigits: x as digits of 8 bits (stream_digits.cuh); up to two tokens, ternary with a scale per row, without a split.
+// kDigits: x as digits of 8 bits (stream_digits.cuh); up to two tokens, ternary with a scale per row.
 template <class Type_, int kBits_, int kGroup_, int kTokens_, int kWarps_, int kRowTiles_, int kStages_,
           bool kNorm_ = false, bool kGated_ = false, bool kDigits_ = false>
 struct StreamConfig {
@@ -80,7 +80,7 @@ class StreamGemm {
     for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
     if constexpr (C::kGroup == 0 && C::kBits > 2) stage_row_zeros();
     if constexpr (C::kDigits) {
-      DigitStaging<C> staging(p_, token0_);
+      DigitStaging<C> staging(p_, token0_, first_chunk_, chunks_);
       staging.fetch_weight();
       wait_for_previous_kernel();
       staging.stage(x_memory(), scales(), reinterpret_cast<u32*>(slots()));
@@ -275,7 +275,8 @@ class StreamGemm {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int row = (first_group_ + group) * C::kGroupRows + r + i;
-          sum[i] = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p_, token0_ + token, row);
+          const int k0 = first_chunk_ * kChunk, end = min(p_.k, k0 + chunks_ * kChunk);
+          sum[i] = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p_, token0_ + token, row, k0, end);
         }
       }
     }

@@ -22,6 +22,7 @@ struct WgmmaConfig {
   static_assert(Type::kBytes == 2 || (kBits_ == 2 && kGroup_ == 0), "8-bit activations: ternary, one scale per row");
   static constexpr int kBits = kBits_, kGroup = kGroup_, kStages = kStages_, kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;                    // consumer warp groups
+  static constexpr bool kSplitsK = true;
   static constexpr int kRowTiles = kRowTiles_;                // 64-row tiles per warp group, a 16-row tile per warp
   static constexpr int kWarps = 4 * kGroups;
   static constexpr int kTokenTiles = kTokens / 8;
@@ -55,11 +56,13 @@ struct WgmmaConfig {
   static constexpr int kSlab = kTokens * (3 - Type::kBytes) > 64 ? 32 : 0;
   static constexpr int kStoreStride = 64 * 2 + 16;            // bytes of a token's rows, padded against bank conflicts
   static constexpr int kStoreBytes = 2 * kSlab * kStoreStride; // two buffers of a warp group
-  static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kGroups * kStoreBytes;
+  static constexpr int kScaleBytes = Type::kBytes == 1 ? kTokens * 4 : 0;  // the tokens' scales, of a warp group
+  static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kGroups * (kStoreBytes + kScaleBytes);
 };
 
 template <class C>
 class WgmmaGemm {
+ protected:
   using T = typename C::Type;
   using Sum = typename T::Sum;
   using Weights = typename C::Weights;
@@ -70,6 +73,7 @@ class WgmmaGemm {
   char* const memory_;
   const int warp_, lane_;
   const int row_blocks_, token_blocks_, splits_;
+  const float* x_scale_;  // of all tokens
 
  public:
   __device__ __forceinline__ WgmmaGemm(const GemmParams& p, const TensorMap& x_map, void* shared)
@@ -80,7 +84,8 @@ class WgmmaGemm {
         lane_(threadIdx.x % 32),
         row_blocks_(ceil_div(p.row_tiles, C::kBlockTiles)),
         token_blocks_(ceil_div(p.m, C::kTokens)),
-        splits_(ceil_div(p.chunks, p.chunks_per_split)) {}
+        splits_(ceil_div(p.chunks, p.chunks_per_split)),
+        x_scale_(p.x_scale) {}
 
   __device__ __forceinline__ void run(void*) {
     if (threadIdx.x == 0) {
@@ -101,8 +106,7 @@ class WgmmaGemm {
     }
   }
 
-
- private:
+ protected:
   // One output tile and one split of its inputs. Neighbours in time share tokens, so that x stays in L2.
   struct Work {
     int row_block, token_block, split, first_chunk, chunks;
@@ -182,18 +186,53 @@ class WgmmaGemm {
 
   // ---- consumer warp groups ----
 
-  __device__ __forceinline__ void consume() const {
+  __device__ __forceinline__ void consume() {
     Ring ring;
     bool waited = false;
     for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
       const Work w = work(index);
+      if constexpr (T::kBytes == 1) barrier_wait(full(ring.stage), ring.phase);  // x is there, so are its scales
+      TokenScales scales(*this, w);
       Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
       multiply(acc, w, ring);
       if (!waited) wait_for_previous_kernel();  // before anything is written
       waited = true;
-      if (splits_ == 1 || add_splits(acc, w)) store(acc, w);
+      if (!C::kSplitsK || splits_ == 1 || add_splits(acc, w)) {
+        scales.publish(*this, w);
+        store(acc, w);
+      }
     }
   }
+
+  // The scales of a tile's tokens, of 8-bit x: read while the products run, then laid into shared memory, where `store`
+  // finds them. Read from global memory by each lane of each slab, they would cost it a sixth of its time.
+  struct TokenScales {
+    static constexpr int kMine = T::kBytes == 1 ? ceil_div(C::kTokens, 128) : 1;
+    float mine[kMine];
+
+    __device__ __forceinline__ TokenScales(const WgmmaGemm& gemm, const Work& w) {
+      if constexpr (T::kBytes == 1) {
+#pragma unroll
+        for (int i = 0; i < kMine; ++i) {
+          const int token = w.token_block * C::kTokens + i * 128 + static_cast<int>(threadIdx.x) % 128;
+          mine[i] = __ldcg(gemm.p_.x_scale + min(token, gemm.p_.m - 1));
+        }
+      }
+    }
+
+    __device__ __forceinline__ void publish(WgmmaGemm& gemm, const Work& w) const {
+      if constexpr (T::kBytes == 1) {
+        const int group = gemm.warp_ / 4, thread = threadIdx.x % 128;
+        float* scales = reinterpret_cast<float*>(gemm.memory_ + C::kSharedBytes - C::kGroups * C::kScaleBytes) +
+                        group * C::kTokens;
+#pragma unroll
+        for (int i = 0; i < kMine; ++i)
+          if (i * 128 + thread < C::kTokens) scales[i * 128 + thread] = mine[i];
+        C::sync_group(group);
+        gemm.x_scale_ = scales - w.token_block * C::kTokens;
+      }
+    }
+  };
 
   __device__ __forceinline__ void multiply(Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w,
                                            Ring& ring) const {
@@ -216,6 +255,7 @@ class WgmmaGemm {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           dequant_batch(a[half], zero[rt], ring.stage, rt, half);
+          if constexpr (T::kBytes == 1) pin(a[half]);
           wgmma_fence();
           pin(acc[rt]);
           const u64 panel = T::kBytes == 2 ? panel_descriptor(x_stage(ring.stage) + half * C::kPanelBytes)
@@ -225,7 +265,7 @@ class WgmmaGemm {
           wgmma_commit();
           pin(acc[rt]);
           wgmma_wait<1>();  // the other register buffer is free; so is, at the start of a stage, the stage before
-          if (rt == 0 && half == 0 && previous >= 0 && lane_ == 0) barrier_arrive(empty(previous));
+          if (rt == 0 && half == 0 && previous >= 0) release(previous);
         }
       previous = ring.stage;
       ring.advance();
@@ -233,7 +273,12 @@ class WgmmaGemm {
     wgmma_wait<0>();
 #pragma unroll
     for (int rt = 0; rt < C::kRowTiles; ++rt) pin(acc[rt]);
-    if (lane_ == 0) barrier_arrive(empty(previous));
+    release(previous);
+  }
+
+  // The warp has read all of a stage: its products are issued warp by warp, so that no lane is behind.
+  __device__ __forceinline__ void release(int stage) const {
+    if (lane_ == 0) barrier_arrive(empty(stage));
   }
 
   // Split K: every block leaves its sums in the order of its registers; the last to arrive adds them up in the order
@@ -277,7 +322,7 @@ class WgmmaGemm {
   }
 
   __device__ __forceinline__ float token_scale(int token) const {
-    return T::kBytes == 1 ? p_.x_scale[min(token, p_.m - 1)] : 1.f;
+    return T::kBytes == 1 ? x_scale_[min(token, p_.m - 1)] : 1.f;
   }
 
   // Two neighbouring tokens of a row: the sums times the scales, plus bias, rounded.

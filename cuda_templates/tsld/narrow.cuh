@@ -4,7 +4,7 @@
 // weights. They come out of the same words as the 16-bit registers of dequant.cuh, in another order of the inputs:
 // byte b of a lane's register j holds, of the 32 inputs of a word, input 16 * (b is even) + 8 * (j / 2) + 2t + b / 2,
 // where the instruction expects input 16 * (j / 2) + 4t + b. The order of the inputs does not matter to the sum as
-// long as x has the same one: `quantize_tokens` writes it so.
+// long as x has the same one: `TokenRow` writes it so.
 #pragma once
 
 #include "tsld/layout.cuh"
@@ -19,10 +19,11 @@ struct Int8 {
   static constexpr int kBytes = 1;
   static constexpr float kLargest = 127.f;
   static constexpr float kWeight = 1.f / 32.f;  // row_scale expects codes of +-2; here they are +-64
-  static __device__ __forceinline__ u32 round4(const float (&v)[4]) {  // ties to even, no saturation needed
+  // Ties to even, no saturation needed: 1.5 * 2^23 leaves a small integer in the low bits of the sum.
+  static __device__ __forceinline__ u32 round4(const float (&v)[4]) {
     u32 bytes[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) asm("cvt.rni.s32.f32 %0, %1;" : "=r"(bytes[i]) : "f"(v[i]));
+    for (int i = 0; i < 4; ++i) bytes[i] = __float_as_uint(v[i] + 12582912.f);
     return __byte_perm(__byte_perm(bytes[0], bytes[1], 0x0040), __byte_perm(bytes[2], bytes[3], 0x0040), 0x5410);
   }
 };
@@ -59,67 +60,143 @@ struct QuantizeParams {
   int m, k;
 };
 
-// One block per token: scale = max|x| / largest, q = round(x / scale). A token with an Inf or NaN gets a NaN scale.
-template <class T, int kThreads>
-__device__ __forceinline__ void quantize_tokens(const QuantizeParams& p) {
+// A token on its way to 8 bits: scale = max|x| / largest, q = round(x / scale). A token with an Inf or NaN gets a NaN
+// scale. Inputs go in vectors of eight; the four that make 32 inputs belong to neighbouring lanes.
+template <class T>
+class TokenRow {
   using Out = typename T::Out;
-  __shared__ u32 warp_largest[kThreads / 32];
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  const u16* x = static_cast<const u16*>(p.x) + static_cast<i64>(blockIdx.x) * p.ldx;
-  u32* q = reinterpret_cast<u32*>(static_cast<u8*>(p.q) + static_cast<i64>(blockIdx.x) * p.ldq);
 
-  const auto load8 = [&](int from) {  // eight inputs, zeros past the last
+  const u16* const x_;
+  u32* const q_;
+  const int k_;
+
+ public:
+  const int vecs;  // of the row, with the zeros past its end
+
+  __device__ __forceinline__ TokenRow(const void* x, i64 ldx, void* q, i64 ldq, int token, int k)
+      : x_(static_cast<const u16*>(x) + token * ldx),
+        q_(reinterpret_cast<u32*>(static_cast<u8*>(q) + token * ldq)),
+        k_(k),
+        vecs(static_cast<int>(ldq / 8)) {}
+
+  __device__ __forceinline__ bool whole(int count) const { return count * 8 <= k_; }  // so many vectors
+  __device__ __forceinline__ Vec16 load_whole(int vec) const { return *reinterpret_cast<const Vec16*>(x_ + vec * 8); }
+  __device__ __forceinline__ Vec16 load(int vec) const {  // zeros past the last input
     Vec16 v = {};
-    if (from + 8 <= p.k) {
-      v = *reinterpret_cast<const Vec16*>(x + from);
+    const int from = vec * 8;
+    if (from + 8 <= k_) {
+      v = load_whole(vec);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        if (from + i < p.k) v.w[i / 2] |= static_cast<u32>(x[from + i]) << (16 * (i % 2));
+        if (from + i < k_) v.w[i / 2] |= static_cast<u32>(x_[from + i]) << (16 * (i % 2));
     }
     return v;
+  }
+
+  // Two at once, of the bits without sign: NaN is larger than Inf, which is larger than every number.
+  static __device__ __forceinline__ u32 larger(u32 largest, const Vec16& v) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = __vmaxu2(largest, v.w[i] & 0x7FFF7FFFu);
+    return largest;
+  }
+  static __device__ __forceinline__ u32 largest_of_warp(u32 largest) {
+    return __reduce_max_sync(~0u, max(largest & 0xFFFFu, largest >> 16));
+  }
+
+  struct Scale {
+    float inverse, scale;  // where scale is NaN, the values do not matter
+    __device__ __forceinline__ explicit Scale(u32 largest) {
+      const float most = Out::to_float(static_cast<u16>(largest));
+      const bool finite = most <= 3.402823466e38f;  // false for NaN too
+      inverse = finite && most > 0.f ? T::kLargest / most : 0.f;
+      scale = finite ? most / T::kLargest : __uint_as_float(0x7FC00000u);
+    }
   };
 
-  u32 largest = 0;  // of the bits without sign: NaN is larger than Inf, which is larger than every number
-  for (int from = threadIdx.x * 8; from < p.k; from += kThreads * 8) {
-    const Vec16 v = load8(from);
+  // Of the 32 inputs of a word, vector 2e + h holds 16e + 8h .. +7; its bytes belong to registers 4h .. 4h+3, in the
+  // even places where e is 1, else in the odd ones. Vectors of e = 0 and 1 lie two lanes apart and trade halves, so
+  // that whole warps have to call this.
+  __device__ __forceinline__ void store(int vec, const Vec16& v, const Scale& s) const {
+    const bool second = vec % 4 >= 2;  // e
+    u32 words[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      largest = max(largest, v.w[i] & 0x7FFFu);
-      largest = max(largest, v.w[i] >> 16 & 0x7FFFu);
+    for (int i = 0; i < 2; ++i) {
+      float f[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const u32 two = v.w[2 * i + j / 2];
+        f[j] = __fmul_rn(Out::to_float(static_cast<u16>(j % 2 ? two >> 16 : two)), s.inverse);
+      }
+      const u32 bytes = T::round4(f);
+      words[2 * i] = __byte_perm(bytes, 0, second ? 0x4140 : 0x1404);
+      words[2 * i + 1] = __byte_perm(bytes, 0, second ? 0x4342 : 0x3424);
     }
+    uint2 out;
+    out.x = (second ? words[2] : words[0]) | __shfl_xor_sync(~0u, second ? words[0] : words[2], 2);
+    out.y = (second ? words[3] : words[1]) | __shfl_xor_sync(~0u, second ? words[1] : words[3], 2);
+    if (vec < vecs) *reinterpret_cast<uint2*>(q_ + vec / 4 * 8 + vec % 2 * 4 + (second ? 2 : 0)) = out;
   }
-  largest = __reduce_max_sync(~0u, largest);
+};
+
+// One block per token. A thread keeps its first kVecs vectors in registers between the two passes; only rows of more
+// than kVecs * kThreads vectors are read twice.
+template <class T, int kThreads, int kVecs>
+__device__ __forceinline__ void quantize_tokens(const QuantizeParams& p) {
+  using Row = TokenRow<T>;
+  __shared__ u32 warp_largest[kThreads / 32];
+  const Row row(p.x, p.ldx, p.q, p.ldq, blockIdx.x, p.k);
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  Vec16 kept[kVecs];
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) kept[i] = row.load(i * kThreads + threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) largest = Row::larger(largest, kept[i]);
+  for (int vec = kVecs * kThreads + threadIdx.x; vec < row.vecs; vec += kThreads)
+    largest = Row::larger(largest, row.load(vec));
+  largest = Row::largest_of_warp(largest);
   if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) largest = max(largest, warp_largest[w]);
-  const float magnitude = Out::to_float(static_cast<u16>(largest));
-  const bool finite = magnitude <= 3.402823466e38f;  // false for NaN too
-  const float inverse = finite && magnitude > 0.f ? T::kLargest / magnitude : 0.f;
-  if (threadIdx.x == 0) p.scale[blockIdx.x] = finite ? magnitude / T::kLargest : __uint_as_float(0x7FC00000u);
+  const typename Row::Scale scale(largest);
+  if (threadIdx.x == 0) p.scale[blockIdx.x] = scale.scale;
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) row.store(i * kThreads + threadIdx.x, kept[i], scale);
+  for (int vec = kVecs * kThreads + threadIdx.x; vec / 32 * 32 < row.vecs; vec += kThreads)
+    row.store(vec, row.load(vec), scale);
+}
 
-  for (int word = threadIdx.x; word < p.ldq / 32; word += kThreads) {  // 32 inputs
-    Vec16 v[4];
+// One warp for the token; kBatch vectors of a lane are in flight at once.
+template <class T, int kBatch>
+__device__ __forceinline__ void quantize_token(const TokenRow<T>& row, float* scale_to) {
+  using Row = TokenRow<T>;
+  const int lane = threadIdx.x % 32, batches = ceil_div(row.vecs, 32 * kBatch);
+  Vec16 kept[kBatch];
+  const auto load_batch = [&](int b) {
+    const int vec = b * kBatch * 32 + lane;
+    if (row.whole((b + 1) * kBatch * 32)) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = load8(word * 32 + i * 8);
+      for (int i = 0; i < kBatch; ++i) kept[i] = row.load_whole(vec + i * 32);
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Vec16 out;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        float f[4];
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          const u32 two = v[2 * (b % 2 == 0) + half].w[t];  // inputs 16 * (b is even) + 8 * half + 2t, +1
-          const float value = Out::to_float(static_cast<u16>(b / 2 ? two >> 16 : two)) * inverse;
-          f[b] = finite ? value : 0.f;
-        }
-        out.w[t] = T::round4(f);
-      }
-      *reinterpret_cast<Vec16*>(q + word * 8 + half * 4) = out;
+      for (int i = 0; i < kBatch; ++i) kept[i] = row.load(vec + i * 32);
     }
+  };
+  u32 largest = 0;
+  for (int b = 0; b < batches; ++b) {
+    load_batch(b);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) largest = Row::larger(largest, kept[i]);
+  }
+  const typename Row::Scale scale(Row::largest_of_warp(largest));
+  if (lane == 0) *scale_to = scale.scale;
+  for (int b = batches - 1; b >= 0; --b) {
+    if (b < batches - 1) load_batch(b);  // the last one is at hand
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) row.store((b * kBatch + i) * 32 + lane, kept[i], scale);
   }
 }
 

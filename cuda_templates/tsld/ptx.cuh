@@ -48,6 +48,13 @@ __device__ __forceinline__ void cp_async_zfill(u32 dst, const void* src, int byt
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 
+// Copies 16 bytes, or nothing.
+__device__ __forceinline__ void cp_async_if(u32 dst, const void* src, bool wanted) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16;\n}\n" ::"r"(dst), "l"(src),
+               "r"(static_cast<int>(wanted))
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `Pending` of this thread's committed groups are still in flight.
@@ -73,6 +80,13 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// Transposes an 8x8 matrix of 16-bit elements held two to a lane (row l/4, columns 2*(l%4), +1).
+__device__ __forceinline__ u32 transpose8x8(u32 v) {
+  u32 r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
 }
 
 // ---- programmatic dependent launch (sm_90): no effect in a launch without the attribute --------------------
@@ -147,6 +161,11 @@ struct Fp16 {
   static __device__ __forceinline__ u32 mul2(u32 a, u32 b) {
     u32 r;
     asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
   }
   static __device__ __forceinline__ u32 pack2(float low, float high) {

@@ -18,7 +18,7 @@ namespace tsld_runtime {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
-enum Kind { kStream, kMma, kWgmma };
+enum Kind { kStream, kMma, kTile, kWgmma };
 constexpr int kTileRows = 16, kChunk = 128;
 
 // One kernel: its tile shapes, and its compiled image for each target that has it (null: the target does not use it).

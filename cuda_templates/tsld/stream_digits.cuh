@@ -78,12 +78,13 @@ class DigitStaging {
   };
 
   const GemmParams& p_;
-  const int token0_, tokens_, items_;
+  const int token0_, tokens_;
+  const int k0_, items_;  // the block's inputs: all of them where x is normalised
   Item weight_[C::kNorm ? kKept : 1];
 
  public:
-  __device__ __forceinline__ DigitStaging(const GemmParams& p, int token0)
-      : p_(p), token0_(token0), tokens_(min(C::kTokens, p.m - token0)), items_(p.chunks * 8) {}
+  __device__ __forceinline__ DigitStaging(const GemmParams& p, int token0, int first_chunk, int chunks)
+      : p_(p), token0_(token0), tokens_(min(C::kTokens, p.m - token0)), k0_(first_chunk * kChunk), items_(chunks * 8) {}
 
   // Before the wait for earlier kernels.
   __device__ __forceinline__ void fetch_weight() {
@@ -101,7 +102,9 @@ class DigitStaging {
   }
 
  private:
-  __device__ __forceinline__ static int first_input(int item, int q) { return item / 2 * 32 + (item % 2 + 2 * q) * 8; }
+  __device__ __forceinline__ int first_input(int item, int q) const {
+    return k0_ + item / 2 * 32 + (item % 2 + 2 * q) * 8;
+  }
 
   __device__ __forceinline__ Item weight_of(int item) const {
     Item found = {};
@@ -286,13 +289,14 @@ __device__ __forceinline__ void join_digits(float (&v)[2], const int (&c)[4]) {
   }
 }
 
-// One row of a token that is not finite, one product after another: 0 * Inf is NaN, as everywhere. Slow.
+// Inputs k0 .. end-1 of a row and a token that is not finite, one product after another: 0 * Inf is NaN, as everywhere.
+// Slow.
 template <class T>
-__device__ __forceinline__ float exact_row(const GemmParams& p, int token, int row) {
+__device__ __forceinline__ float exact_row(const GemmParams& p, int token, int row, int k0, int end) {
   const u16* x = static_cast<const u16*>(p.x) + token * p.ldx;
   const u32* tile = static_cast<const u32*>(p.weights) + static_cast<i64>(row / 16) * p.chunks * 128;
   float sum = 0.f;
-  for (int k = 0; k < p.k; ++k) {
+  for (int k = k0; k < end; ++k) {
     const int lane = row % 8 * 4 + k % 8 / 2, part = 4 * (k / 16 % 2) + 2 * (k / 8 % 2) + row / 8 % 2;
     const u32 code = tile[k / 128 * 128 + lane * 4 + k % 128 / 32] >> (14 - 2 * part + 16 * (k % 2)) & 3;
     sum += (code == 1 ? 2.f : code == 3 ? -2.f : 0.f) * T::to_float(x[k]);

@@ -37,6 +37,15 @@ __device__ __forceinline__ void pin(Sum (&d)[kTokenTiles][4]) {
     for (int i = 0; i < 4; ++i) pin(d[j][i]);
 }
 
+// Keeps the compiler from making operands between the matrix instructions of a batch.
+template <int kSteps>
+__device__ __forceinline__ void pin(u32 (&a)[kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[step][i])::"memory");
+}
+
 // Shared-memory descriptor of a K-major panel: rows of 128 bytes, 128-byte swizzle, 8 rows to 1024 bytes.
 __device__ __forceinline__ u64 panel_descriptor(u32 address) {
   return (static_cast<u64>(1) << 62) | (static_cast<u64>(1024 >> 4) << 32) | (static_cast<u64>(1) << 16) |
@@ -130,13 +139,6 @@ TSLD_TYPES_OF(32, 256)
 #undef TSLD_OPERANDS_128
 #undef TSLD_OPERANDS_256
 
-// Transposes an 8x8 matrix of 16-bit elements held two to a lane (row l/4, columns 2*(l%4), +1).
-__device__ __forceinline__ u32 transpose8x8(u32 v) {
-  u32 r;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
-  return r;
-}
-
 // Four 8x8 matrices of 16-bit elements, transposed on the way; lane l gives the address of row l%8 of matrix l/8.
 __device__ __forceinline__ void store_matrices_transposed(u32 address, const u32 (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]),
@@ -176,6 +178,15 @@ __device__ __forceinline__ void copy_tensor(u32 dst, const TensorMap* map, int c
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* src, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// What generic stores wrote is seen by tensor copies that are issued later.
+__device__ __forceinline__ void fence_generic_to_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ __forceinline__ int load_acquire(const int* p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
 }
 
 }  // namespace tsld

@@ -82,24 +82,28 @@ class Problem:
         added: bool,
         gated: bool,
         backwards: int,
+        splits: int = 1,
     ) -> Tensor:
         weights, (tokens, inputs) = self.packed, self.x.shape
         y = torch.full((tokens, weights.out_features // (2 if gated else 1)), torch.nan, dtype=self.x.dtype)
-        plan = Plan(config)
+        plan = Plan(config, splits)
         spec = KernelSpec(TYPES[self.x.dtype][0].lower(), 2, norm=norm, gated=gated)  # type: ignore[arg-type]
         grid = plan.grid(tokens, weights.row_tiles, BLOCKS)
         shared = plan.shared_bytes(spec, tokens, weights.row_tiles, weights.chunks, BLOCKS)
         held = [self.x, weights.codes, weights.meta, weights.row_scale, weights.row_zero, self.bias, y]
+        partial = torch.full((plan.partial_floats(tokens, weights.row_tiles),), torch.nan)
+        counters = torch.zeros(64, dtype=torch.int32)
         params = GemmParams(
-            *(None if t is None else t.data_ptr() for t in held), None, None, inputs,
-            tokens, weights.out_features, inputs, weights.row_tiles, weights.chunks, weights.chunks, None,
+            *(None if t is None else t.data_ptr() for t in held), partial.data_ptr(), counters.data_ptr(), inputs,
+            tokens, weights.out_features, inputs, weights.row_tiles, weights.chunks, -(-weights.chunks // splits), None,
         )  # fmt: skip
         if norm:
             params.norm_weight, params.eps = self.norm_weight.data_ptr(), 1e-5
         if added:
             params.residual, params.total = self.residual.data_ptr(), self.total.data_ptr()
         library = built(self.x.dtype, config, norm, gated)
-        assert library.run(ctypes.byref(params), ctypes.sizeof(params), grid[0], grid[1], shared, backwards) == 0
+        assert library.run(ctypes.byref(params), ctypes.sizeof(params), *grid, shared, backwards) == 0
+        assert not counters.any()
         return y
 
     def expected(self, norm: bool, added: bool, gated: bool) -> Tensor:
@@ -156,8 +160,18 @@ def test_fewer_tokens_than_the_kernel_takes(built: Callable[..., ctypes.CDLL]) -
         grid = plan.grid(tokens, weights.row_tiles, BLOCKS)
         shared = plan.shared_bytes(KernelSpec("fp16", 2), tokens, weights.row_tiles, weights.chunks, BLOCKS)
         library = built(torch.float16, config, False, False)
-        assert library.run(ctypes.byref(params), ctypes.sizeof(params), grid[0], grid[1], shared, 0) == 0
+        assert library.run(ctypes.byref(params), ctypes.sizeof(params), *grid, shared, 0) == 0
         assert relative(y, problem.x.double() @ problem.weight.T) <= 1e-3
+
+
+def test_split_inputs(built: Callable[..., ctypes.CDLL]) -> None:
+    """An Inf lies in the slice of one split."""
+    config = GemmConfig(2, 1, 1, 2, 1, 3, "stream", digits=True)
+    for value in (1.0, torch.inf):
+        problem = Problem(100, 1000, 2, torch.float16)
+        problem.x[1, 700] = value
+        got, expected = problem.run(built, config, False, False, False, 0, 3), problem.expected(False, False, False)
+        torch.testing.assert_close(got.double(), expected, rtol=2e-3, atol=2e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

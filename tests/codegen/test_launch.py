@@ -70,3 +70,15 @@ def test_prepared_launches_are_bounded(gemm: tuple[LowBitGemm, Notebook], monkey
     for m in range(1, 9):
         gemm[0](torch.randn(m, 200, dtype=torch.float16))
     assert len(gemm[0]._prepared) <= 3
+
+
+def test_kernels_for_some_kinds_only_are_chosen_for_these() -> None:
+    def kernel(bits: int, group: int, target: str, m: int, quantised: str | None = None) -> str:
+        return choose(KernelSpec("fp16", bits, group, target, quantised), 4096, 4096, m, 132).config.kernel  # type: ignore[arg-type]
+
+    for m in (100, 256, 600, 2048):
+        assert kernel(2, 0, "sm_80", m) == kernel(2, 0, "compute_80", m) == "tile"
+        assert kernel(2, 64, "sm_80", m) == kernel(4, 0, "sm_80", m) == kernel(8, 128, "sm_80", m) == "mma"
+        assert kernel(2, 0, "sm_90a", m) == kernel(4, 0, "sm_90a", m) == "wgmma"
+        assert kernel(2, 0, "sm_90a", m, "fp8") in ("wgmma", "narrow")
+    assert kernel(2, 0, "sm_90a", 1 << 20, "int8") == "wgmma"  # too many tokens for narrow's counters

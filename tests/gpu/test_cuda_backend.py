@@ -15,6 +15,7 @@ import tsld_fx
 from tests.models import build, ids, left_padded
 from tsld_fx import AffineWeight, LoweredModel, PreparedModel, QuantConfig, TernaryWeight, convert, cuda_linear, prepare
 from tsld_fx.codegen import LowBitGemm
+from tsld_fx.codegen.cuda_gemm import QUANTISED_TOKENS
 from tsld_fx.errors import BackendError
 from tsld_fx.lowbit_linear import LowBitLinear
 
@@ -154,6 +155,50 @@ def test_bias_of_another_type_and_strided_inputs(dtype: torch.dtype, calls: list
         if x.numel():
             assert relative(y, oracle(layer, x)) <= LAYER[dtype]
     assert len(calls) == 5
+
+
+hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="kernels for Hopper"
+)
+
+
+@hopper
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_activations_of_8_bits_are_for_many_tokens(mode: str) -> None:
+    layer, other = random_layer(), random_layer(bits=4)
+    x = torch.randn(QUANTISED_TOKENS, 512, dtype=torch.float16, device="cuda")
+    plain, four = layer(x), other(x)
+    layer.use_kernels("cuda", mode)
+    other.use_kernels("cuda", mode)
+    assert torch.equal(layer(x[:-1]), plain[:-1])
+    assert torch.equal(other(x), four)  # no such kernels for 4 bits
+    rounded = layer(x)
+    assert torch.equal(rounded, layout_of(layer)(x, layer.bias, quantise=mode))
+    error = relative(rounded - layer.bias, oracle(layer, x) - layer.bias.double())
+    assert 2e-3 <= error <= {"int8": 1.5e-2, "fp8": 5e-2}[mode]
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), rounded) and torch.equal(twin.cpu().cuda()(x), rounded)
+    layer.use_kernels("cuda")
+    assert torch.equal(layer(x), plain)
+
+
+@hopper
+def test_activation_mode_of_a_model_is_recorded(tmp_path: Path) -> None:
+    prepared = prepared_model("llama", "8-bit-head")
+    lowered = convert(prepared, backend="cuda", activations="int8").to(torch.float16)
+    tokens = torch.randint(0, lowered.config.vocab_size, (QUANTISED_TOKENS // 32, 32), device="cuda")
+    logits, few = lowered(tokens).logits, lowered(tokens[:1]).logits
+    exact = convert(prepared, backend="cuda").to(torch.float16)
+    assert 1e-3 <= relative(logits, exact(tokens).logits) <= 0.1
+    assert torch.equal(few, exact(tokens[:1]).logits)
+    lowered.save_pretrained(tmp_path)
+    loaded = tsld_fx.load(tmp_path, device="cuda", dtype=torch.float16)
+    assert {layer.activations for layer in loaded.lowbit_layers().values()} == {"int8"}
+    assert (
+        relative(loaded(tokens).logits, logits) <= 5e-2
+    )  # rotary frequencies differ, see above, and rounding amplifies it
+    with pytest.raises(BackendError, match="one scale per channel or tensor"):
+        convert(prepared_model("llama", "4-bit"), backend="cuda", activations="int8")
 
 
 def test_gradient_of_the_input_is_the_dense_ones() -> None:

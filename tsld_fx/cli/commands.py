@@ -128,7 +128,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="Output folder of train, or the 'model' folder in it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the packed model.")],
     backend: Annotated[str, typer.Option(help="auto | reference | cpu | cuda (its kernels must run here)")] = "auto",
-    activations: Annotated[str, typer.Option(help="Of the CPU's kernels: a16 | int8 | add.")] = "a16",
+    activations: Annotated[str, typer.Option(help="a16 | int8 | fp8 (GPUs) | add (CPUs)")] = "a16",
     head_bits: Annotated[int | None, typer.Option(help="8: also pack the head of a float model (no training).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in the output folder.")] = False,
 ) -> None:

@@ -121,13 +121,17 @@ inline unsigned int __float_as_uint(float v) {
   std::memcpy(&u, &v, 4);
   return u;
 }
-inline float __shfl_xor_sync(unsigned, float v, int step) {
-  float found = 0;
+template <class V>
+inline V __shfl_xor_sync(unsigned, V v, int step) {
+  static_assert(sizeof(V) == 4);
+  unsigned mine, found = 0;
+  std::memcpy(&mine, &v, 4);
   const int from = threadIdx.x % 32 ^ step;
-  host::exchange(__float_as_uint(v), [&](const uint64_t* all) { found = __uint_as_float(static_cast<unsigned>(all[from])); });
-  threadIdx.x = host::current->index;
-  return found;
+  host::exchange(mine, [&](const uint64_t* all) { found = static_cast<unsigned>(all[from]); });
+  std::memcpy(&v, &found, 4);
+  return v;
 }
+inline unsigned __vmaxu2(unsigned, unsigned) { std::abort(); }
 inline unsigned __reduce_max_sync(unsigned, unsigned v) {
   unsigned most = 0;
   host::exchange(v, [&](const uint64_t* all) {
@@ -219,6 +223,7 @@ struct Fp16 {
   static void mma(float (&)[4], const u32 (&)[4], u32, u32) { std::abort(); }
   static u32 sub2(u32, u32) { std::abort(); }
   static u32 mul2(u32, u32) { std::abort(); }
+  static u32 fma2(u32, u32, u32) { std::abort(); }
   static u16 bits(float v) {
     const _Float16 h = static_cast<_Float16>(v);
     u16 found;
@@ -241,6 +246,7 @@ struct Bf16 {
   static void mma(float (&)[4], const u32 (&)[4], u32, u32) { std::abort(); }
   static u32 sub2(u32, u32) { std::abort(); }
   static u32 mul2(u32, u32) { std::abort(); }
+  static u32 fma2(u32, u32, u32) { std::abort(); }
   static u16 bits(float v) {
     const u32 u = __float_as_uint(v);
     return v != v ? 0x7FFF : static_cast<u16>((u + 0x7FFF + (u >> 16 & 1)) >> 16);
