@@ -47,13 +47,15 @@ class Plan:
 
 @dataclass
 class Result:
-    """What came of it: perplexities, the curve as `metrics.jsonl` has it, and the best weights."""
+    """What came of it: perplexities, the curve as `metrics.jsonl` has it, the best weights, and the pace of all runs
+    that went on together."""
 
     plan: Plan
     validation: float = math.inf
     best_step: int = 0
     metrics: list[dict[str, float]] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    steps_per_second: float = 0.0
 
 
 class GraphedRuns:
@@ -230,6 +232,8 @@ def run_together(
                 torch.cuda.synchronize()
             taken = time.perf_counter() - begun
             results = [result for group in groups for result in group.results]
+            for result in results:
+                result.steps_per_second = step * count / taken
             shown = ", ".join(f"{r.plan.name} {r.metrics[-1]['eval_perplexity']:.2f}" for r in results)
             say(f"step {step}: {taken:.1f} s, {step * count / taken:.0f} steps/s; {shown}")
     return [result for group in groups for result in group.results]

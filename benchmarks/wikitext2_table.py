@@ -235,6 +235,7 @@ def _keep(bench: Bench, models: Models, result: Result, row: str, seed: int) -> 
     evaluator = models.with_weights(result.plan.quant, result.weights)
     scores = bench.score(evaluator)
     more = {"teacher": bench.teacher, "best_step": result.best_step, "curve": result.metrics}
+    more["steps_per_second_of_all"] = round(result.steps_per_second, 1)
     bench.save(rows={row: {str(seed): scores | more}})
     bench.say(f"{result.plan.name} {scores}")
     if result.plan.name in bench.args.analyse.split(","):
