@@ -61,7 +61,7 @@ def cluster_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
         GemmConfig(tokens, 1, 1, warps, rt, stages, "cluster")
         for warps, rt, stages in itertools.product((8, 16), (1, 2, 3, 4), (3, 4))
     ]
-    return [c for c in found if c.cluster_registers(spec) * c.threads <= 65536]
+    return [c for c in found if c.row_tiles * tokens <= 128 and c.cluster_registers(spec) * c.threads <= 65536]
 
 
 def few_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:

@@ -53,7 +53,7 @@ class ClusterGemm {
   __device__ __forceinline__ ClusterGemm(const GemmParams& p, void* shared)
       : p_(p),
         memory_(static_cast<char*>(shared)),
-        warp_(threadIdx.x / 32),
+        warp_(threadIdx.x / 32),  // not shuffled: nvcc 13.0 turns a uniform ring address into an illegal LDGSTS
         lane_(threadIdx.x % 32),
         split_(blockIdx.z),
         splits_(gridDim.z),
