@@ -1,11 +1,11 @@
-"""Low-bit GEMM against cuBLAS fp16 and humming-kernels on one GPU.
+"""Low-bit GEMM against cuBLAS fp16, humming-kernels and gemlite on one GPU.
 
     python benchmarks/bench_gemm.py
 
 CUDA graphs over weights that rotate through at least four times the L2; every kernel multiplies the same ternary
 values (per-channel scales, fp16 activations). Prints microseconds, ratios and bytes per second against the copy
-ceiling of the same run, and writes everything to benchmarks/results/. humming is skipped where it is not installed
-(`pip install humming-kernels`).
+ceiling of the same run, and writes everything to benchmarks/results/. humming and gemlite are skipped where they are
+not installed (`pip install humming-kernels tabulate gemlite`).
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def bench_shape(n: int, k: int, args: Any, ceiling: float) -> list[dict[str, Any
     gemms = ours(packed, scales, args.bits, args.group_size, k, args)
     dense_calls = gemm_rivals.cublas(dense, rotation(2 * n * k))
     rival = None if args.no_humming else gemm_rivals.humming(dense, rotation(n * k // 4))
+    tuning_rival = None
+    if args.bits == 2 and not args.no_gemlite:
+        tuning_rival = gemm_rivals.gemlite(dense, scales, rotation(n * k // 4), args.gemlite_config)
     rows = []
     for m in args.tokens:
         x = torch.randn(m, k, dtype=torch.float16, device="cuda")
@@ -80,6 +83,10 @@ def bench_shape(n: int, k: int, args: Any, ceiling: float) -> list[dict[str, Any
         if rival is not None:
             row["humming_us"] = microseconds_per_call([partial(f, x) for f in rival])
             row["humming_error"] = relative_error(rival[0](x), expected)
+        if tuning_rival is not None:
+            tuning_rival[0](x)  # tunes itself, which no graph can capture
+            row["gemlite_us"] = microseconds_per_call([partial(f, x) for f in tuning_rival])
+            row["gemlite_error"] = relative_error(tuning_rival[0](x), expected)
         moved = gemms[0].weights.nbytes + 2 * m * (n + k)
         row["ours_bytes_per_s"] = moved / row["ours_us"] * 1e6
         row["of_copy_ceiling"] = row["ours_bytes_per_s"] / ceiling
@@ -98,8 +105,9 @@ def print_row(row: dict[str, Any]) -> None:
             us = row[f"ours_{kind}_us"]
             text += f"  {kind} {us:8.2f} ({row['cublas_us'] / us:5.2f}x, err {row[f'ours_{kind}_error']:.0e})"
     text += f"  cuBLAS {row['cublas_us']:8.2f} ({row['cublas_us'] / row['ours_us']:5.2f}x)"
-    if "humming_us" in row:
-        text += f"  humming {row['humming_us']:8.2f} ({row['humming_us'] / row['ours_us']:5.2f}x)"
+    for rival in ("humming", "gemlite"):
+        if f"{rival}_us" in row:
+            text += f"  {rival} {row[f'{rival}_us']:8.2f} ({row[f'{rival}_us'] / row['ours_us']:5.2f}x)"
     text += f"  {row['ours_bytes_per_s'] / 1e12:5.2f} TB/s = {row['of_copy_ceiling']:4.0%}"
     print(text + f"  {row['ours_tflops']:6.1f} TFLOP/s  err {row['ours_error']:.1e}", flush=True)
 
@@ -115,6 +123,8 @@ def main() -> None:
     )
     parser.add_argument("--target", help='build for this target; "compute_80" runs the A100 code path through PTX')
     parser.add_argument("--no-humming", action="store_true")
+    parser.add_argument("--no-gemlite", action="store_true")
+    parser.add_argument("--gemlite-config", type=Path, help="where gemlite keeps what it has tuned")
     parser.add_argument("--no-overlap-too", action="store_true", help="also time without overlapping launches")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/gemm_<gpu>_w<bits>....json")
     args = parser.parse_args()
@@ -140,6 +150,8 @@ def main() -> None:
         n, k = map(int, shape.split("x"))
         record["rows"] += bench_shape(n, k, args, ceiling)
         out.write_text(json.dumps(record, indent=1) + "\n")
+        if args.gemlite_config is not None and not args.no_gemlite:
+            gemm_rivals.save_gemlite(args.gemlite_config)
         torch.cuda.empty_cache()
     print(f"written to {out}")
 

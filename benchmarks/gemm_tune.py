@@ -25,7 +25,7 @@ from gemm_timing import microseconds_per_call, rotation
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.cuda_gemm import LowBitGemm, build_kernel
 from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
-from tsld_fx.codegen.select_config import Plan
+from tsld_fx.codegen.select_config import Plan, resident_blocks
 from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
@@ -55,6 +55,25 @@ def stream_candidates(m: int) -> list[GemmConfig]:
     ]
 
 
+def cluster_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
+    tokens = next(t for t in (8, 16, 32, 64) if t >= m)
+    found = [
+        GemmConfig(tokens, 1, 1, warps, rt, stages, "cluster")
+        for warps, rt, stages in itertools.product((8, 16), (1, 2, 3, 4), (3, 4))
+    ]
+    return [c for c in found if c.row_tiles * tokens <= 128 and c.cluster_registers(spec) * c.threads <= 65536]
+
+
+def few_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
+    tokens = next(t for t in (8, 16, 32, 64) if t >= m)
+    sizes = {tokens, tokens // 2 if m > 32 else tokens}
+    found = [
+        GemmConfig(t, 1, 1, warps, 1, stages, "few")
+        for t, warps, stages in itertools.product(sizes, (4, 8, 12, 16, 24), (4, 6))
+    ]
+    return [c for c in found if c.threads < 768 or tokens <= 16]
+
+
 def wgmma_candidates(m: int) -> list[GemmConfig]:
     found = []
     for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
@@ -82,6 +101,10 @@ def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[G
     """Configurations of these kernels that serve `m` tokens and whose names match the regular expression `only`."""
     wanted = kernels.split(",")
     found = stream_candidates(m) if "stream" in wanted and m <= 64 and not spec.quantised else []
+    if "cluster" in wanted and m <= 64:
+        found += cluster_candidates(spec, m)
+    if "few" in wanted and m <= 64:
+        found += few_candidates(spec, m)
     if "mma" in wanted and not spec.quantised:
         found += mma_candidates(m)
     if "tile" in wanted and not spec.quantised and spec.bits == 2 and not spec.group and m > 32:
@@ -91,7 +114,7 @@ def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[G
     if "wgmma" in wanted and spec.hopper and m > 8:
         found += wgmma_candidates(m)
     limit = shared_limit(spec.capability)
-    return [c for c in found if re.search(only, c.name) and c.shared_bytes(spec) <= limit]
+    return [c for c in found if re.search(only, c.name) and c.serves(spec) and c.shared_bytes(spec) <= limit]
 
 
 def random_weights(n: int, k: int, bits: int, group: int) -> KernelWeights:
@@ -134,14 +157,16 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
         elif config.kernel in ("mma", "tile"):
             if splits == 1 or 0.4 * multiprocessors < tiles * splits <= 4.5 * multiprocessors:
                 found.append(Plan(config, splits))
-        elif config.kernel == "stream":
-            for per_sm in (1, 2, 4):
+        elif config.walks:
+            if config.clusters and splits > 2:  # larger clusters leave multiprocessors idle
+                continue
+            for per_sm in (1, 2, 4) if config.kernel == "stream" else range(1, config.least_blocks(spec) + 1):
                 plan = Plan(config, splits, per_sm)
                 shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, multiprocessors)
                 if shared * per_sm <= limit and per_sm * config.threads <= 2048:
                     found.append(plan)
         elif splits == 1 or tiles * splits <= 4.5 * multiprocessors:
-            most = min(6, limit // config.shared_bytes(spec), config.least_blocks(spec))
+            most = min(6, resident_blocks(config, spec))
             found += [Plan(config, splits, per_sm) for per_sm in range(1, most + 1)]
     return found
 
@@ -149,18 +174,19 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
 def tune(
     gemms: list[LowBitGemm], m: int, kernels: str, deadline: float, quantised: Quantised | None, only: str
 ) -> list[tuple[float, Plan]]:
-    """(microseconds, plan), fastest first: every candidate once, the best ten again with care."""
+    """(microseconds, plan), fastest first: every candidate and the plan in use once, the best eight again with care."""
     x = torch.randn(m, gemms[0].weights.in_features, dtype=torch.float16, device="cuda")
-    results = []
+    results: list[tuple[float, Plan]] = []
+    found = [gemms[0].plan(m, quantise=quantised)]
     for config in candidates(gemms[0].spec("fp16", quantised), m, kernels, only):
-        for plan in plans(gemms[0], config, m, quantised):
-            if time.monotonic() > deadline:
-                break
+        found += plans(gemms[0], config, m, quantised)
+    for plan in found:
+        if time.monotonic() < deadline:
             calls = [lambda g=g, plan=plan: g(x, plan=plan, quantise=quantised) for g in gemms]
             try:
                 results.append((microseconds_per_call(calls, target_us=400.0, samples=3), plan))
             except BackendError as error:
-                print(f"# {config.name}: {error}", file=sys.stderr)
+                print(f"# {plan.config.name}: {error}", file=sys.stderr)
     results.sort(key=lambda r: r[0])
     again = [
         (
@@ -183,30 +209,35 @@ def build_all(spec: KernelSpec, tokens: list[int], kernels: str, workers: int, o
 
 
 def token_ranges(tokens: list[int]) -> dict[int, tuple[int, int]]:
-    """Which M the plan found at each M serves: from just above the M before (or half of it) up to it."""
+    """Which M the plan found at each M serves: from above the M before (or half of it) up to it (1,024: no end)."""
     ranges, ordered = {}, sorted(tokens)
     for before, m in zip([0, *ordered], ordered, strict=False):
         ranges[m] = (max(before + 1, m // 2 + 1), m)
-    ranges[ordered[-1]] = (ranges[ordered[-1]][0], 1 << 30)
+    if ordered[-1] >= 1024:
+        ranges[ordered[-1]] = (ranges[ordered[-1]][0], 1 << 30)
     return ranges
 
 
 def write_table(path: Path, found: list[dict[str, Any]], bits: int, group: int, quantised: str | None) -> None:
     """The fastest plan per shape and M, beside the entries of other kinds of weights that the file holds."""
     kept = json.loads(path.read_text())["entries"] if path.exists() else []
-    measured = {(f["n"], f["k"], f["m"]) for f in found}
-    kept = [
-        e
-        for e in kept
-        if (e["bits"], bool(e["group"]), e.get("quantised")) != (bits, bool(group), quantised)
-        or (e["n"], e["k"], e["m"]) not in measured
-    ]
+    winners = {(f["n"], f["k"], f["m"]): f for f in found if f["rank"] == 0}
+
+    def superseded(entry: dict[str, Any]) -> bool:
+        winner = winners.get((entry["n"], entry["k"], entry["m"]))
+        kind = entry["bits"], bool(entry["group"]), entry.get("quantised")
+        if winner is None or kind != (bits, bool(group), quantised):
+            return False
+        # other kinds of weights borrow the entry behind a winner that does not serve them
+        return not GemmConfig(**winner["config"]).clusters or GemmConfig(**entry["config"]).clusters
+
+    kept = [e for e in kept if not superseded(e)]
     ranges = token_ranges(sorted({f["m"] for f in found}))
     fields = ("bits", "group", "n", "k", "m", "us", "splits", "per_sm", "config")
-    for entry in (f for f in found if f["rank"] == 0):
+    for entry in winners.values():
         low, high = ranges[entry["m"]]
         more = {"quantised": quantised} if quantised else {}
-        kept.append({"m_min": low, "m_max": high, **more, **{name: entry[name] for name in fields}})
+        kept.insert(0, {"m_min": low, "m_max": high, **more, **{name: entry[name] for name in fields}})
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(e) for e in kept)
     path.write_text(f'{{"gpu": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
@@ -219,7 +250,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--quantised", choices=("int8", "fp8"), help="round the activations first (timed with it)")
-    parser.add_argument("--kernels", default="stream,mma,tile,wgmma,narrow")
+    parser.add_argument("--kernels", default="stream,cluster,few,mma,tile,wgmma,narrow")
     parser.add_argument("--only", default="", help="a regular expression: configurations whose names match it")
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")

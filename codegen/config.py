@@ -35,11 +35,12 @@ class GemmConfig:
 
     tokens: rows of x staged per block (1 for one token; otherwise the tokens of a block).
     warps_n x warps_m x warps_k: how the warps share output rows, tokens and inputs.
-    row_tiles: 16-row tiles per warp (mma, stream) or 64-row tiles per warp group of four warps (wgmma).
+    row_tiles: 16-row tiles per warp (mma, stream, cluster) or 64-row tiles per warp group of four warps (wgmma).
     stages: buffers of the asynchronous copies.
-    kernel: "stream" (few tokens; all warps lie along the inputs), "mma" (any number of tokens), "wgmma" (Hopper,
-        many tokens; all warps lie along the rows), "tile" (many tokens without Hopper's instructions) or "narrow"
-        (Hopper, very many tokens: rounds x to 8 bits itself).
+    kernel: "stream" (few tokens; all warps lie along the inputs), "few" or "cluster" (Hopper, ternary, some tens of
+        tokens; the blocks that split K form a cluster), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
+        all warps lie along the rows), "tile" (many tokens without Hopper's instructions) or "narrow" (Hopper, very
+        many tokens: rounds x to 8 bits itself).
     digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
     """
 
@@ -49,14 +50,14 @@ class GemmConfig:
     warps_k: int
     row_tiles: int
     stages: int
-    kernel: Literal["stream", "mma", "tile", "wgmma", "narrow"] = "mma"
+    kernel: Literal["stream", "cluster", "few", "mma", "tile", "wgmma", "narrow"] = "mma"
     digits: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel == "stream" and (self.warps_m != 1 or self.warps_n != 1 or self.tokens > 64):
+        if self.walks and (self.warps_m != 1 or self.warps_n != 1 or self.tokens > 64):
             raise BackendError(
-                f"GemmConfig {self.name}: a stream kernel takes at most 64 tokens, and all its warps lie along the "
-                "inputs."
+                f"GemmConfig {self.name}: a {self.kernel} kernel takes at most 64 tokens, and all its warps lie "
+                "along the inputs."
             )
         if self.digits and (self.kernel != "stream" or self.tokens > 2):
             raise BackendError(f"GemmConfig {self.name}: digits are for stream kernels of one or two tokens.")
@@ -72,6 +73,31 @@ class GemmConfig:
             )
         if self.kernel == "narrow" and (self.tokens, self.warps_n, self.row_tiles) != (256, 8, 1):
             raise BackendError(f"GemmConfig {self.name}: a narrow kernel takes 128 rows and 256 tokens per block.")
+
+    @property
+    def walks(self) -> bool:
+        """Whether a block walks over several row groups, with its inputs of x in shared memory for good."""
+        return self.kernel == "stream" or self.clusters
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the blocks that share inputs form a cluster and need no workspace in global memory."""
+        return self.kernel in ("cluster", "few")
+
+    def serves(self, spec: KernelSpec) -> bool:
+        """Whether there is such a kernel for these weights, activations and target."""
+        if self.clusters and (spec.bits != 2 or spec.group not in (0, 128) or spec.quantised is not None):
+            return False
+        if self.kernel == "tile" and (spec.bits != 2 or spec.group or spec.quantised is not None):
+            return False
+        if self.kernel == "narrow" and spec.quantised is None:
+            return False
+        return spec.hopper or not (self.clusters or self.persistent)
+
+    @property
+    def tensor_copies(self) -> bool:
+        """Whether x comes by the tensor copy engine."""
+        return self.persistent or self.kernel == "few"
 
     @property
     def threads(self) -> int:
@@ -98,6 +124,11 @@ class GemmConfig:
         """Blocks that shall fit on one multiprocessor: bounds the registers that the compiler may take."""
         if self.moves_registers:
             return 1
+        if self.kernel == "few":
+            registers = self.tokens // 2 + 76
+            return max(1, _REGISTERS // (self.threads * _round_up(registers, 8)))
+        if self.kernel == "cluster":
+            return max(1, _REGISTERS // (self.threads * self.cluster_registers(spec)))
         if self.kernel == "wgmma":
             registers, warps = self.row_tiles * self.tokens // 2 + 72, self.threads // 32
             registers += 24 * (self.row_tiles > 1 and self.tokens == 16)  # addresses of two row tiles
@@ -114,6 +145,12 @@ class GemmConfig:
         registers += 32 * self.digits  # activations in the making
         return max(1, min(_REGISTERS // (self.threads * registers), 1024 // self.threads))
 
+    def cluster_registers(self, spec: KernelSpec) -> int:
+        """Registers that a thread of a cluster kernel wants: sums, codes, x, addresses."""
+        sums = self.row_tiles * self.token_tiles * (8 if spec.group else 4)
+        codes = self.row_tiles * 4
+        return _round_up(sums + codes + 8 * self.token_tiles + 44, 8)
+
     @property
     def token_tiles(self) -> int:
         """8-token tiles per warp."""
@@ -121,31 +158,33 @@ class GemmConfig:
 
     @property
     def block_rows(self) -> int:
-        """Rows of an output tile; for stream: of a row group, of which a block takes several."""
+        """Rows of an output tile; for stream and cluster: of a row group, of which a block has several."""
+        if self.kernel == "few":
+            return 64
         return self.warps_n * self.row_tiles * TILE_ROWS
 
     @property
     def block_tokens(self) -> int:
-        if self.kernel == "stream":
+        if self.walks:
             return self.tokens
         return self.warps_m * self.token_tiles * 8
 
     @property
     def stage_chunks(self) -> int:
         """Chunks of 128 inputs that a block needs at least to keep its warps busy."""
-        return 1 if self.kernel == "stream" else self.warps_k
+        return 1 if self.walks else self.warps_k
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of a block that does not depend on the shape, bytes; kSharedBytes of the configuration."""
-        if self.kernel == "stream":
+        if self.kernel == "few":
+            ring = self.warps_k * self.stages * (tile_bytes(spec.bits) + meta_bytes(spec))
+            return 1024 + _round_up(ring, 1024)
+        if self.walks:
             return self.warps_k * self.stages * self.row_tiles * (tile_bytes(spec.bits) + meta_bytes(spec))
         if self.persistent:
             tiles = self.block_rows // TILE_ROWS
-            stage = (
-                self.tokens * CHUNK * spec.x_bytes
-                + tiles * tile_bytes(spec.bits)
-                + _round_up(tiles * meta_bytes(spec), 1024)
-            )
+            meta = 0 if (spec.bits, spec.group) == (2, 128) else meta_bytes(spec)  # WgmmaConfig::kOwnScales
+            stage = self.tokens * CHUNK * spec.x_bytes + tiles * (tile_bytes(spec.bits) + meta)
             store = 2 * 32 * (64 * 2 + 16) * (self.tokens * (3 - spec.x_bytes) > 64)  # of a warp group
             store += self.tokens * 4 * (spec.x_bytes == 1)  # the tokens' scales
             return 1024 + self.stages * stage + self.warps_n // 4 * store
@@ -159,15 +198,24 @@ class GemmConfig:
         reduce = self.threads // 32 * self.token_tiles * 8 * _PAD_ROWS * 4
         return max(self.stages * stage, reduce)
 
-    def shape_bytes(self, spec: KernelSpec, groups: int, chunks: int) -> int:
-        """Shared memory that depends on the shape: a block's row groups and chunks (gemm_stream.cuh), bytes."""
-        if self.kernel != "stream":
+    def shape_bytes(self, spec: KernelSpec, groups: int, chunks: int, splits: int) -> int:
+        """Shared memory that depends on the shape, bytes: a block's row groups and chunks, and the blocks that share
+        the inputs (gemm_stream.cuh, gemm_cluster.cuh)."""
+        if not self.walks:
             return 0
+        if self.kernel == "few":
+            piece = self.tokens * (64 + 4) * 4
+            received = splits * _ceil_div(self.tokens, splits) * groups * 64 * 4 * (splits > 1)
+            x_bytes = chunks * CHUNK * 2 * self.tokens
+            return max(x_bytes, self.warps_k // 4 * piece + received) + groups * piece
         rows = self.row_tiles * TILE_ROWS
         x_bytes = self.tokens * (chunks * CHUNK * 2 + 16)
         if self.digits:
             x_bytes = chunks * (self.tokens * CHUNK * 4 + 16) + self.tokens * 16
         slots = (groups + self.warps_k) * self.tokens * (rows + 4) * 4
+        if self.kernel == "cluster":
+            received = splits * _ceil_div(self.tokens, splits) * groups * rows * 4 * (splits > 1)
+            return x_bytes + slots + received
         return x_bytes + slots + (groups * rows if spec.bits > 2 else 0)
 
     @property

@@ -58,9 +58,7 @@ def _kernel(spec: KernelSpec, config: GemmConfig, device: int) -> LoadedKernel:
     ensure_context(device)
     binary, _ = build_kernel(spec, config)
     kernel = load_kernel(binary, kernel_name(spec, config), config.threads)
-    kernel.allow_shared(
-        shared_limit(spec.capability) if config.kernel == "stream" else config.shared_bytes(spec), device
-    )
+    kernel.allow_shared(shared_limit(spec.capability) if config.walks else config.shared_bytes(spec), device)
     return kernel
 
 
@@ -303,12 +301,13 @@ class LowBitGemm:
             params.eps = norm[3]
         ensure_context(self.device.index)
         arguments: list[ctypes.Structure] = [params]
-        if plan.config.persistent:
+        if plan.config.tensor_copies:
             x = rows if narrow is None else narrow
             shape = (m, x.shape[1], params.ldx if narrow is None else x.shape[1])
             arguments.append(tensor_map(x.data_ptr(), x.dtype, *shape, plan.config.tokens))
         overlaps = self._overlap and overlap is not False
-        prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps)
+        cluster = (1, 1, plan.splits) if plan.config.clusters and plan.splits > 1 else None
+        prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps, cluster=cluster)
 
 
 def aligned_rows(x: Tensor) -> Tensor:

@@ -39,10 +39,17 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         shape = [config.tokens, config.warps_n, config.warps_m, config.warps_k, config.row_tiles]
     elif config.kernel == "stream":
         entry, shape = "Stream", [config.tokens, config.warps_k, config.row_tiles]
-    elif spec.hopper:
-        entry, shape = config.kernel.title(), [config.tokens, config.warps_n // 4, config.row_tiles]
+    elif not config.serves(spec):
+        raise BackendError(
+            f"{config.name} does not serve {spec}: Hopper's kernels need sm_90a, and those with clusters ternary "
+            "weights with one scale per row or 128 inputs and 16-bit activations. Choose another configuration."
+        )
+    elif config.kernel == "few":
+        entry, shape = "Few", [config.tokens, config.warps_k // 4]
+    elif config.kernel == "cluster":
+        entry, shape = "Cluster", [config.tokens, config.warps_k, config.row_tiles]
     else:
-        raise BackendError(f"{config.name} uses Hopper's instructions, which {spec.target} lacks. Build for sm_90a.")
+        entry, shape = config.kernel.title(), [config.tokens, config.warps_n // 4, config.row_tiles]
     activation = f"tsld::{_TYPES[spec.activation]}"
     if spec.quantised:
         if entry not in ("Wgmma", "Narrow"):
@@ -61,7 +68,7 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         "comment": f"{config.block_rows} rows x {config.block_tokens} tokens per block",
         "config": f"{entry}Config<{', '.join(map(str, arguments))}>",
         "entry": f"{entry}Gemm",
-        "tensor_map": config.persistent,
+        "tensor_map": config.tensor_copies,
         "threads": config.threads,
         "bounds": f"{config.threads}, {config.least_blocks(spec)}",
         "shared_bytes": config.shared_bytes(spec),

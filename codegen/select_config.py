@@ -18,6 +18,7 @@ _TUNED = Path(__file__).resolve().parent / "tuned"
 _NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
 _MAX_SPLITS = 16
 _MOST_NARROW = 1 << 17  # tokens: a narrow kernel has a counter for every 256 of them
+_BLOCK_MEMORY = 1024  # bytes of shared memory that the system takes of every block
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -41,23 +42,29 @@ class Plan:
         rows, tokens = self.tiles(m, row_tiles)
         if self.config.persistent:
             return min(rows * tokens * self.splits, multiprocessors * self.per_sm), 1, 1
-        if self.config.kernel == "stream":
+        if self.config.walks:
             rows = max(1, min(rows, multiprocessors * self.per_sm // (tokens * self.splits)))
         return rows, tokens, self.splits
 
     def shared_bytes(self, spec: KernelSpec, m: int, row_tiles: int, chunks: int, multiprocessors: int) -> int:
         """Dynamic shared memory of a block, bytes."""
         groups = _ceil_div(self.tiles(m, row_tiles)[0], self.grid(m, row_tiles, multiprocessors)[0])
-        return self.config.shared_bytes(spec) + self.config.shape_bytes(spec, groups, _ceil_div(chunks, self.splits))
+        return self.config.shared_bytes(spec) + self.config.shape_bytes(
+            spec, groups, _ceil_div(chunks, self.splits), self.splits
+        )
 
     def counters(self, m: int, row_tiles: int, multiprocessors: int) -> int:
         """Arrival counters that a split launch uses."""
+        if self.config.clusters:
+            return 0
         if self.config.kernel == "stream":
             return math.prod(self.grid(m, row_tiles, multiprocessors)[:2])
         return math.prod(self.tiles(m, row_tiles))
 
     def partial_floats(self, m: int, row_tiles: int) -> int:
-        """float32 values of the partial sums of a split launch."""
+        """float32 values of the partial sums of a split launch, in global memory."""
+        if self.config.clusters:
+            return 0
         if self.config.persistent:
             return self.splits * math.prod(self.tiles(m, row_tiles)) * self.config.block_rows * self.config.tokens
         return self.splits * m * row_tiles * TILE_ROWS
@@ -104,17 +111,13 @@ def _kind(entry: dict[str, Any]) -> tuple[int, bool, str | None]:
     return int(entry["bits"]), bool(entry["group"]), entry.get("quantised")
 
 
-def _serves(kernel: str, spec: KernelSpec, m: int) -> bool:
-    """Whether a kind of kernel computes this at all."""
-    if kernel == "tile":
-        return spec.bits == 2 and not spec.group and spec.quantised is None
-    if kernel == "narrow":
-        return spec.hopper and spec.quantised is not None and m <= _MOST_NARROW
-    return spec.hopper or kernel != "wgmma"
+def _serves(config: GemmConfig, spec: KernelSpec, m: int) -> bool:
+    """Whether there is such a kernel for these weights and so many tokens."""
+    return config.serves(spec) and (config.kernel != "narrow" or m <= _MOST_NARROW)
 
 
-def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
-    """The entry nearest in N and K among those that serve this M, kind of weights and kind of scale."""
+def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> list[Plan]:
+    """Entries that serve this M, kind of weights and kind of scale and are near in N and K, the nearest first."""
 
     def distance(entry: dict[str, Any]) -> float:
         return max(abs(math.log(entry["n"] / n)), abs(math.log(entry["k"] / k)))
@@ -122,19 +125,30 @@ def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> Plan | None:
     serving = [
         e
         for e in tuned_table(spec.capability)
-        if e["m_min"] <= m <= e["m_max"] and _serves(e["config"]["kernel"], spec, m)
+        if e["m_min"] <= m <= e["m_max"] and _serves(GemmConfig(**e["config"]), spec, m)
     ]
     kinds = [(spec.bits, bool(spec.group), spec.quantised)]
     if spec.quantised is None:
         kinds.append((2, False, None))  # where a kind was not tuned, ternary rows are the best guess
     entries = next((found for kind in kinds if (found := [e for e in serving if _kind(e) == kind])), [])
-    best = min(entries, key=distance, default=None)
-    if best is None or distance(best) > _NEAR:
-        return None
-    config = GemmConfig(**best["config"])
-    if spec.group and not best["group"] and config.kernel == "mma":  # scales take registers: smaller tiles per warp
-        config = replace(config, row_tiles=max(1, min(config.row_tiles, 16 // config.token_tiles)))
-    return Plan(config, int(best["splits"]), int(best["per_sm"]))
+    plans = []
+    for entry in sorted((e for e in entries if distance(e) <= _NEAR), key=distance):
+        config = GemmConfig(**entry["config"])
+        if spec.group and not entry["group"] and config.kernel == "mma":  # scales take registers: smaller warp tiles
+            config = replace(config, row_tiles=max(1, min(config.row_tiles, 16 // config.token_tiles)))
+        if not config.walks:
+            config = config.fitted(spec, shared_limit(spec.capability))
+        plan = Plan(config, int(entry["splits"]), int(entry["per_sm"]))
+        if config.kernel == "wgmma":  # found for a kind that takes less memory or fewer registers, maybe
+            plan = replace(plan, per_sm=min(plan.per_sm, resident_blocks(config, spec)))
+        plans.append(plan)
+    return plans
+
+
+def resident_blocks(config: GemmConfig, spec: KernelSpec) -> int:
+    """Blocks that fit on one multiprocessor at once, for kernels whose shared memory does not depend on the shape."""
+    memory = (shared_limit(spec.capability) + _BLOCK_MEMORY) // (config.shared_bytes(spec) + _BLOCK_MEMORY)
+    return max(1, min(memory, 2048 // config.threads, config.least_blocks(spec)))
 
 
 def _splits(plan: Plan, m: int, row_tiles: int, chunks: int, multiprocessors: int, per_sm: int) -> int:
@@ -154,11 +168,11 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
             return plan
     table = _WGMMA_NARROW if spec.quantised else _WGMMA if spec.hopper and m > 32 else _MMA
-    if m > 64 and not spec.hopper and _serves("tile", spec, m):
+    if m > 64 and not spec.hopper and _TILE[256].serves(spec):
         table = _TILE
     config = table[min((t for t in table if t >= m), default=max(table))]
     config = config.fitted(spec, limit)
-    per_sm = max(1, min(limit // config.shared_bytes(spec), 1024 // config.threads, config.least_blocks(spec)))
+    per_sm = min(resident_blocks(config, spec), max(1, 1024 // config.threads))
     plan = Plan(config, 1, per_sm)
     return replace(plan, splits=_splits(plan, m, row_tiles, chunks, multiprocessors, per_sm))
 
@@ -183,15 +197,11 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
             f"{spec.target}. Keep the activations as they are (activations='a16')."
         )
     row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
-    plan = _tuned(spec, n, k, m)
-    if plan is not None:
-        splits = _ceil_div(chunks, _ceil_div(chunks, plan.splits))
-        config = plan.config
-        if config.kernel != "stream":
-            config = config.fitted(spec, shared_limit(spec.capability))
-        plan = replace(plan, config=config, splits=splits)
-        fits = plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
-    if plan is None or not fits:
+    for plan in _tuned(spec, n, k, m):
+        plan = replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))
+        if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability):
+            break
+    else:
         plan = _heuristic(spec, n, k, m, multiprocessors)
     plan = _with_digits(spec, plan, m, row_tiles, chunks, multiprocessors)
     if plan.counters(m, row_tiles, multiprocessors) > COUNTERS_PER_LAUNCH and plan.config.kernel != "stream":

@@ -181,6 +181,8 @@ class PreparedModel(PreTrainedModel):
 
     def set_taps(self, taps: tuple[str, ...]) -> None:
         """Turn the outputs for layer-to-layer distillation on or off."""
+        if taps == self._tsld.taps:
+            return
         self._tsld.taps = taps
         self._tsld.views.clear()
         self._tsld.graphs = {key: graph for key, graph in self._tsld.graphs.items() if not key[1]}

@@ -67,7 +67,7 @@ class KernelLibrary:
             capability = 10 * properties.major + properties.minor
             self._plans[key] = self.plan(name, tokens, capability, properties.multi_processor_count)
         _, splits, *_, floats, _ = self._plans[key]
-        if splits == 1:
+        if splits == 1 or floats == 0:
             return None, None
         return workspace.split_k_buffers(device, floats, torch.cuda.current_stream(device).cuda_stream)
 

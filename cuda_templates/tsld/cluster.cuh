@@ -1,4 +1,4 @@
-// Clusters of blocks (sm_90): barriers and stores into the first block's shared memory. Reference: PTX ISA, sections
+// Clusters of blocks (sm_90): barriers and stores into the shared memory of other blocks. Reference: PTX ISA, sections
 // "barrier.cluster" and "mapa". Without clusters nobody calls these; the code for older targets is empty.
 #pragma once
 
@@ -11,6 +11,13 @@ namespace tsld {
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+// Where nothing that was written before is meant for other blocks: that a block has started, or reads no more.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 
@@ -31,6 +38,17 @@ __device__ __forceinline__ void store_to_first_block(float* to, float v) {
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(shared_address(to)));
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+#endif
+}
+
+// Writes to `to`, a place in this block's own shared memory, in that of the block `rank`.
+__device__ __forceinline__ void store_remote(const float* to, int rank, const float (&v)[4]) {
+#if __CUDA_ARCH__ >= 900
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(to)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(remote), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+               "f"(v[3])
+               : "memory");
 #endif
 }
 

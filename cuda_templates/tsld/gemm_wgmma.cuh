@@ -49,15 +49,18 @@ struct WgmmaConfig {
   static constexpr int kXBytes = Type::kBytes * kPanelBytes;
   static constexpr int kSteps = 2 * Type::kBytes;             // matrix instructions per batch of 64 inputs
   static constexpr int kWeightBytes = kBlockTiles * Weights::kBytes;
-  static constexpr int kMetaBytes = kBlockTiles * Meta::kBytes;
-  static constexpr int kStageBytes = kXBytes + kWeightBytes + ceil_div(kMetaBytes, 1024) * 1024;
+  // Ternary groups of 128 have one scale per row and chunk: consumers read these themselves, a chunk ahead.
+  static constexpr bool kOwnScales = kBits == 2 && kGroup == 128;
+  static constexpr int kMetaBytes = kOwnScales ? 0 : kBlockTiles * Meta::kBytes;  // of a stage, behind all stages
+  static constexpr int kStageBytes = kXBytes + kWeightBytes;  // a multiple of 1024, so that panels stay aligned
   static constexpr int kBarrierBytes = 1024;                  // at the start, so that panels stay aligned
   // Tokens that go through shared memory at once, where that memory does not cost a block per multiprocessor.
   static constexpr int kSlab = kTokens * (3 - Type::kBytes) > 64 ? 32 : 0;
   static constexpr int kStoreStride = 64 * 2 + 16;            // bytes of a token's rows, padded against bank conflicts
   static constexpr int kStoreBytes = 2 * kSlab * kStoreStride; // two buffers of a warp group
   static constexpr int kScaleBytes = Type::kBytes == 1 ? kTokens * 4 : 0;  // the tokens' scales, of a warp group
-  static constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kGroups * (kStoreBytes + kScaleBytes);
+  static constexpr int kSharedBytes =
+      kBarrierBytes + kStages * (kStageBytes + kMetaBytes) + kGroups * (kStoreBytes + kScaleBytes);
 };
 
 template <class C>
@@ -125,10 +128,10 @@ class WgmmaGemm {
     return shared_address(memory_) + C::kBarrierBytes + stage * C::kStageBytes;
   }
   __device__ __forceinline__ u32 weight_stage(int stage) const { return x_stage(stage) + C::kXBytes; }
-  __device__ __forceinline__ u32 meta_stage(int stage) const { return weight_stage(stage) + C::kWeightBytes; }
+  __device__ __forceinline__ u32 meta_stage(int stage) const { return x_stage(C::kStages) + stage * C::kMetaBytes; }
 
   __device__ __forceinline__ u32 store_buffer(int group, int which) const {
-    return x_stage(C::kStages) + group * C::kStoreBytes + which * (C::kStoreBytes / 2);
+    return meta_stage(C::kStages) + group * C::kStoreBytes + which * (C::kStoreBytes / 2);
   }
 
   // A position in the ring; it goes on from one work item to the next.
@@ -150,7 +153,7 @@ class WgmmaGemm {
       const i64 block = static_cast<i64>(tile) * p_.chunks + w.first_chunk + chunk;
       copy_bytes(weight_stage(stage) + lane_ * Weights::kBytes,
                  static_cast<const char*>(p_.weights) + block * Weights::kBytes, Weights::kBytes, full(stage));
-      if constexpr (C::kGroup != 0)
+      if constexpr (C::kMetaBytes != 0)
         copy_bytes(meta_stage(stage) + lane_ * Meta::kBytes, static_cast<const char*>(p_.meta) + block * Meta::kBytes,
                    Meta::kBytes, full(stage));
     }
@@ -247,14 +250,22 @@ class WgmmaGemm {
         }
     }
     u32 a[2][C::kSteps][4];  // two batches of 64 inputs
+    u16 scale[C::kRowTiles][2];
+    u32 factor[C::kRowTiles][2];
+    if constexpr (C::kOwnScales) load_scales(scale, w, 0);
     int previous = -1;
     for (int i = 0; i < w.chunks; ++i) {
+      if constexpr (C::kOwnScales) {
+#pragma unroll
+        for (int j = 0; j < 2 * C::kRowTiles; ++j) factor[j / 2][j % 2] = T::both(scale[j / 2][j % 2]);
+        load_scales(scale, w, min(i + 1, w.chunks - 1));
+      }
       barrier_wait(full(ring.stage), ring.phase);
 #pragma unroll
       for (int rt = 0; rt < C::kRowTiles; ++rt)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          dequant_batch(a[half], zero[rt], ring.stage, rt, half);
+          dequant_batch(a[half], zero[rt], factor[rt], ring.stage, rt, half);
           if constexpr (T::kBytes == 1) pin(a[half]);
           wgmma_fence();
           pin(acc[rt]);
@@ -279,6 +290,18 @@ class WgmmaGemm {
   // The warp has read all of a stage: its products are issued warp by warp, so that no lane is behind.
   __device__ __forceinline__ void release(int stage) const {
     if (lane_ == 0) barrier_arrive(empty(stage));
+  }
+
+  // Scales of a lane's rows in a chunk.
+  __device__ __forceinline__ void load_scales(u16 (&scale)[C::kRowTiles][2], const Work& w, int chunk) const {
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt) {
+      const int tile = min(w.row_block * C::kBlockTiles + C::row_tile(warp_, rt), p_.row_tiles - 1);
+      const u16* from = static_cast<const u16*>(p_.meta) +
+                        (static_cast<i64>(tile) * p_.chunks + w.first_chunk + chunk) * (Meta::kBytes / 2) + lane_ / 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) scale[rt][half] = from[8 * half];
+    }
   }
 
   // Split K: every block leaves its sums in the order of its registers; the last to arrive adds them up in the order
@@ -423,8 +446,8 @@ class WgmmaGemm {
   }
 
   // Codes of 64 inputs of one row tile -> the A operands of the steps; group scales are multiplied in here.
-  __device__ __forceinline__ void dequant_batch(u32 (&a)[C::kSteps][4], ZeroPoint<T, C::kBits>& zero, int stage, int rt,
-                                                int half) const {
+  __device__ __forceinline__ void dequant_batch(u32 (&a)[C::kSteps][4], ZeroPoint<T, C::kBits>& zero,
+                                                const u32 (&factor)[2], int stage, int rt, int half) const {
     constexpr int kWords = Weights::kWordsPerPair;
     const int tile = C::row_tile(warp_, rt);
     const u32 from = weight_stage(stage) + tile * Weights::kBytes;
@@ -446,11 +469,11 @@ class WgmmaGemm {
 #pragma unroll
       for (int step = 0; step < 2; ++step) dequant_narrow(a[step], words[step]);
     } else {
-      dequant_wide(a, zero, words, stage, tile, half);
+      dequant_wide(a, zero, factor, words, stage, tile, half);
     }
   }
 
-  __device__ __forceinline__ void dequant_wide(u32 (&a)[4][4], ZeroPoint<T, C::kBits>& zero,
+  __device__ __forceinline__ void dequant_wide(u32 (&a)[4][4], ZeroPoint<T, C::kBits>& zero, const u32 (&factor)[2],
                                                const u32 (&words)[2 * Weights::kWordsPerPair], int stage, int tile,
                                                int half) const {
     constexpr int kWords = Weights::kWordsPerPair;
@@ -464,11 +487,12 @@ class WgmmaGemm {
       for (int i = 0; i < kWords; ++i) pair_words[i] = words[pair * kWords + i];
       u32 pair_a[2][4];
       dequant_pair(pair_a, pair_words, zero);
-      if constexpr (C::kGroup != 0) scale_weights<C>(pair_a, meta, group);
+      if constexpr (C::kGroup != 0 && !C::kOwnScales) scale_weights<C>(pair_a, meta, group);
 #pragma unroll
       for (int step = 0; step < 2; ++step)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) a[2 * pair + step][j] = pair_a[step][j];
+        for (int j = 0; j < 4; ++j)
+          a[2 * pair + step][j] = C::kOwnScales ? T::mul2(pair_a[step][j], factor[j % 2]) : pair_a[step][j];
     }
   }
 };

@@ -43,6 +43,15 @@ __device__ __forceinline__ void cp_async_stream(u32 dst, const void* src, u64 po
                : "memory");
 }
 
+// The same straight to registers.
+__device__ __forceinline__ Vec16 load_stream16(const void* src, u64 policy) {
+  Vec16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0,%1,%2,%3}, [%4], %5;"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(src), "l"(policy));
+  return v;
+}
+
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros.
 __device__ __forceinline__ void cp_async_zfill(u32 dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
@@ -71,6 +80,12 @@ __device__ __forceinline__ Vec16 load_shared16(u32 address) {
                : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
                : "r"(address)
                : "memory");
+  return v;
+}
+
+__device__ __forceinline__ u16 load_shared2(u32 address) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
   return v;
 }
 
@@ -173,6 +188,8 @@ struct Fp16 {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
   }
+  // an fp16 value, twice
+  static __device__ __forceinline__ u32 both(u16 v) { return v * 0x10001u; }
   static __device__ __forceinline__ float to_float(u16 v) {
     float r;
     asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
@@ -205,6 +222,10 @@ struct Bf16 {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
+  }
+  static __device__ __forceinline__ u32 both(u16 v) {  // of an fp16 value
+    const float f = Fp16::to_float(v);
+    return pack2(f, f);
   }
   static __device__ __forceinline__ float to_float(u16 v) { return __uint_as_float(static_cast<u32>(v) << 16); }
 };

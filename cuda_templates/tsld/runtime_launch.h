@@ -18,7 +18,7 @@ namespace tsld_runtime {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
-enum Kind { kStream, kMma, kTile, kWgmma };
+enum Kind { kStream, kCluster, kFew, kMma, kTile, kWgmma };
 constexpr int kTileRows = 16, kChunk = 128;
 
 // One kernel: its tile shapes, and its compiled image for each target that has it (null: the target does not use it).
@@ -28,6 +28,9 @@ struct Kernel {
   int threads, block_rows, block_tokens, tokens, warps_k, digits;
   int64_t shared_bytes;          // that do not depend on the shape
   const unsigned char* const* images;  // by target
+
+  bool clusters() const { return kind == kCluster || kind == kFew; }  // the blocks that share K form a cluster
+  bool walks() const { return kind == kStream || clusters(); }        // a block takes several row groups
 };
 
 struct Target {
@@ -74,15 +77,25 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
   } else {
     out.partial_floats = range->splits * m * row_tiles * kTileRows;
   }
-  if (kernel.kind == kStream) {
+  if (kernel.walks()) {
     const int64_t fitting = multiprocessors * range->per_sm / (tokens * range->splits);
     out.grid[0] = std::max<int64_t>(1, std::min(rows, fitting));
     const int64_t groups = ceil_div(rows, out.grid[0]), slice = ceil_div(chunks, range->splits);
-    out.shared_bytes += (kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
-                                       : kernel.tokens * (slice * kChunk * 2 + 16)) +
-                        (groups + kernel.warps_k) * kernel.tokens * (kernel.block_rows + 4) * 4 +
-                        (linear.bits > 2 ? groups * kernel.block_rows : 0);
+    const int64_t piece = kernel.tokens * (kernel.block_rows + 4) * 4;
+    const int64_t received =
+        range->splits > 1 ? range->splits * ceil_div(kernel.tokens, range->splits) * groups * kernel.block_rows * 4 : 0;
+    if (kernel.kind == kFew) {
+      out.shared_bytes +=
+          std::max(slice * kChunk * 2 * kernel.tokens, kernel.warps_k / 4 * piece + received) + groups * piece;
+    } else {
+      out.shared_bytes += kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
+                                        : kernel.tokens * (slice * kChunk * 2 + 16);
+      out.shared_bytes += (groups + kernel.warps_k) * piece;
+      if (kernel.kind == kCluster) out.shared_bytes += received;
+      if (kernel.kind == kStream && linear.bits > 2) out.shared_bytes += groups * kernel.block_rows;
+    }
     out.counters = out.grid[0] * out.grid[1];
+    if (kernel.clusters()) out.partial_floats = out.counters = 0;
   }
   return out;
 }
@@ -208,7 +221,7 @@ class Module {
     const Target& target = targets_[device.target];
     Context context(device.context);
     const Launch launch = plan(linear, kernels_, device.target, m, device.multiprocessors);
-    if (launch.splits > 1 && (!partial.has_value() || !counters.has_value() ||
+    if (launch.partial_floats > 0 && launch.splits > 1 && (!partial.has_value() || !counters.has_value() ||
                               partial.value().numel() < launch.partial_floats ||
                               counters.value().numel() < launch.counters))
       TVM_FFI_THROW(ValueError) << linear.name << ": " << m << " tokens need a workspace of " << launch.partial_floats
@@ -225,7 +238,7 @@ class Module {
 
     void* arguments[2] = {&params, nullptr};
     TensorMap map;
-    if (launch.kernel->kind == kWgmma) {
+    if (launch.kernel->kind == kWgmma || launch.kernel->kind == kFew) {
       const uint64_t shape[2] = {static_cast<uint64_t>(linear.k), static_cast<uint64_t>(m)};
       const uint64_t stride[1] = {static_cast<uint64_t>(params.ldx) * 2};
       const uint32_t box[2] = {64, static_cast<uint32_t>(launch.kernel->tokens)}, step[2] = {1, 1};
@@ -233,13 +246,19 @@ class Module {
                      "describing the input to the copy engine");
       arguments[1] = &map;
     }
-    LaunchAttribute overlap{6, 0, {1}};  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    LaunchAttribute attributes[2] = {
+        {6, 0, {1}},                   // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        {4, 0, {1, 1, launch.splits}}  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    };
     LaunchConfig config{};
     for (int i = 0; i < 3; ++i) config.grid[i] = static_cast<unsigned>(launch.grid[i]);
     config.block[0] = launch.kernel->threads, config.block[1] = config.block[2] = 1;
     config.shared = static_cast<unsigned>(launch.shared_bytes);
     config.stream = TVMFFIEnvGetStream(where.device_type, where.device_id);
-    if (target.capability >= 90) config.attributes = &overlap, config.attribute_count = 1;
+    if (target.capability >= 90) {
+      config.attributes = attributes;
+      config.attribute_count = launch.kernel->clusters() && launch.splits > 1 ? 2 : 1;
+    }
     void* kernel = kernel_of(device, where.device_id, *launch.kernel);
     driver().check(driver().launch(&config, kernel, arguments, nullptr), linear.name);
   }
@@ -298,7 +317,7 @@ class Module {
       driver().check(driver().library_kernel(&found, library, kernel.name), kernel.name);
       int shared = static_cast<int>(kernel.shared_bytes), most = 0;
       driver().check(driver().device_attribute(&most, 97, index), "reading the shared memory of a block");
-      if (kernel.kind == kStream) shared = std::min(targets_[device.target].max_shared, most);
+      if (kernel.walks()) shared = std::min(targets_[device.target].max_shared, most);
       driver().check(driver().kernel_set(8, shared, found, index), "setting a kernel's shared memory");
       handle = found;
     }

@@ -76,6 +76,8 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                                       \
     }                                                                                                               \
   };
+#define TSLD_REGISTERS_8 "%0, %1, %2, %3"
+#define TSLD_OPERANDS_8 "%4, %5, %6, %7}, %8"
 #define TSLD_REGISTERS_16 \
   "%0, %1, %2, %3, %4, %5, %6, %7"
 #define TSLD_OPERANDS_16 "%8, %9, %10, %11}, %12"
@@ -112,6 +114,7 @@ struct Wgmma;
              TSLD_OPERANDS_##N)                                                                                     \
   TSLD_WGMMA(class Out, Fp8<Out>, float, TSLD_FLOAT, TILES, #N, "32", "f32.e4m3.e4m3", ", 1, 1, 1",                  \
              TSLD_REGISTERS_##N, TSLD_OPERANDS_##N)
+TSLD_TYPES_OF(1, 8)
 TSLD_TYPES_OF(2, 16)
 TSLD_TYPES_OF(4, 32)
 TSLD_TYPES_OF(8, 64)
@@ -128,11 +131,13 @@ TSLD_TYPES_OF(32, 256)
 #undef TSLD_INT
 #undef TSLD_WGMMA
 #undef TSLD_TYPES_OF
+#undef TSLD_REGISTERS_8
 #undef TSLD_REGISTERS_16
 #undef TSLD_REGISTERS_32
 #undef TSLD_REGISTERS_64
 #undef TSLD_REGISTERS_128
 #undef TSLD_REGISTERS_256
+#undef TSLD_OPERANDS_8
 #undef TSLD_OPERANDS_16
 #undef TSLD_OPERANDS_32
 #undef TSLD_OPERANDS_64

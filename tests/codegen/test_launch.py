@@ -19,7 +19,7 @@ class Notebook:
     def __init__(self) -> None:
         self.launches: list[tuple] = []
 
-    def launch(self, grid, shared, arguments, stream, *, overlap) -> None:
+    def launch(self, grid, shared, arguments, stream, *, overlap, cluster) -> None:
         params = arguments[0]
         self.launches.append((grid, shared, params.m, params.ldx, params.x, params.y, params.bias, overlap))
 

@@ -278,3 +278,24 @@ def test_four_bit_weights_refuse_quantised_activations(make_layer) -> None:
     gemm = LowBitGemm.pack(*make_layer(64, 256, 4, 0).arguments())
     with pytest.raises(BackendError, match="only for ternary"):
         gemm(torch.randn(3, 256, dtype=torch.float16, device="cuda"), quantise="int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize(("n", "k"), [(40, 200), (1021, 523), (3000, 1100), (37, 4099)])
+def test_kernels_whose_blocks_form_clusters(make_layer, n, k, group_size, dtype) -> None:
+    """Row groups that end within a share, warps without work, tokens that no block owns; the same bits every time."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("Hopper's kernels")
+    layer = make_layer(n, k, 2, group_size)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    for kernel, tokens, warps, row_tiles in (
+        ("few", 16, 16, 1), ("few", 8, 8, 1), ("few", 32, 12, 1), ("few", 64, 16, 1),
+        ("cluster", 16, 16, 2), ("cluster", 16, 8, 3), ("cluster", 8, 16, 4),
+    ):  # fmt: skip
+        for splits in (1, 2) if k > 128 else (1,):
+            plan = Plan(GemmConfig(tokens, 1, 1, warps, row_tiles, 4, kernel), splits)
+            for m in (1, tokens - 1, tokens + 1, 35):
+                check(gemm, layer.weight, m, dtype, plan)
+            x = torch.randn(tokens, k, dtype=dtype, device="cuda")
+            assert torch.equal(gemm(x, plan=plan), gemm(x, plan=plan))
