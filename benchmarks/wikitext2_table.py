@@ -58,7 +58,7 @@ class Bench:
         self.tokenizer = tokenizer
         self.streams = {s: tokenize(read_documents(str(args.text / f), s), tokenizer) for s, f in SPLITS.items()}
         self.blocks = TokenBlocks(self.streams["train"], self.block)
-        self.ways = Ways(bf16=not args.tf32, stacked=not args.apart, compiled=args.compiled)
+        self.ways = Ways(bf16=not args.tf32, stacked=args.stacked, compiled=args.compiled)
 
     def say(self, text: str) -> None:
         """One line with the time since the start."""
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--only", help="comma-separated rows or folders (tsld, tsld-seed1, gptq-2bit); '' for none")
     parser.add_argument("--together", default=4, type=int, help="runs at a time")
     parser.add_argument("--tf32", action="store_true", help="matrix products of training in TF32 instead of bfloat16")
-    parser.add_argument("--apart", action="store_true", help="a CUDA graph per run, not one for runs that can share it")
+    parser.add_argument("--stacked", action="store_true", help="one CUDA graph for the runs that can share it")
     parser.add_argument("--compiled", action="store_true", help="steps through torch.compile")
     parser.add_argument("--seconds", default=1e9, type=float, help="start nothing that would end later than this")
     parser.add_argument("--pack", default="", help="comma-separated folders whose packed model is written to --out")

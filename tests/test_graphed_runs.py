@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from graphed_runs import Plan, run_together
 from graphed_step import Models, Ways, no_checks
 
-PLAIN = Ways(bf16=False, causal=False, fused=False, cached=False, stacked=False)
-FAST = Ways(bf16=False)
+PLAIN = Ways(bf16=False, causal=False, fused=False, cached=False)
+FAST = Ways(bf16=False, stacked=True)
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
