@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 LONGEST = 32768  # elements of a line that one program holds in registers
-_SCHEMES = {"twn": 0, "absmean": 1, "absmax": 2, "minmax": 3, "lsq": 4, "pact": 4, "seq": 4}  # seq: ternary
+_SCHEMES = {"twn": 0, "absmean": 1, "absmax": 2, "minmax": 3, "lsq": 4, "pact": 4}
 _TILE = 4096
 
 

@@ -223,7 +223,7 @@ def fake_quantize(
     """
     check_scheme(scheme, bits)
     scale_shape(weight.shape[0], weight.shape[1], group_size)
-    known = (scheme == "twn" or scale is not None or scheme not in LEARNED) and (scheme, bits) != ("seq", 4)
+    known = scheme != "seq" and (scheme == "twn" or scale is not None or scheme not in LEARNED)
     if known and on_triton(weight, group_size):
         from tsld_fx.fake_quant_triton import fake_quantize as kernel
 
