@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tsld_fx import decode_linear_ops, decode_ops
 from tsld_fx.codegen import fused_linear as fused
+from tsld_fx.codegen import select_config
 from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.ops import _lowbit_linear
 
@@ -48,9 +49,12 @@ def gated(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9])
+@pytest.mark.parametrize(("tokens", "digit_tokens"), [(1, 0), (2, 0), (3, 0), (5, 0), (8, 0), (9, 0), (1, 2), (2, 2)])
 @pytest.mark.parametrize(("rows", "inputs"), SHAPES)
-def test_against_float64(rows: int, inputs: int, tokens: int, dtype: torch.dtype) -> None:
+def test_against_float64(
+    rows: int, inputs: int, tokens: int, digit_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", digit_tokens)
     for bits, group, bias in ((2, 0, False), (2, 0, True), (4, 128 if inputs % 128 == 0 else 0, True)):
         made = layer(rows, inputs, bits, group, bias, dtype)
         weight = arguments(made)
