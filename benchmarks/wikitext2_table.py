@@ -5,7 +5,7 @@
 MODEL_FOLDER is any causal LM that `from_pretrained` loads (with --tuned: fine-tuned already); WIKITEXT_FOLDER holds
 train.txt, valid.txt and test.txt. On a GPU small models train several at a time, every step one CUDA graph
 (`graphed_runs.py`); `--jobs N` uses `tsld-fx compare` instead, N processes side by side. The results accumulate in
-benchmarks/results/wikitext2_<model>.json, one entry per method and seed, so that the table can be made in parts.
+benchmarks/results/wikitext2_<model>.json by method and seed, so that the table can be made in parts.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ class Bench:
         self.config["shared"]["data"] |= {split: [str(args.text / file)] for split, file in SPLITS.items()}
         self.full = copy.deepcopy(self.config)  # what is recorded, whatever --only leaves of it
         self.block = self.config["shared"]["data"]["block_size"]
-        tokenizer = load_tokenizer(args.model)
-        self.tokenizer = tokenizer
-        self.streams = {s: tokenize(read_documents(str(args.text / f), s), tokenizer) for s, f in SPLITS.items()}
+        self.tokenizer = load_tokenizer(args.model)
+        self.streams = {s: tokenize(read_documents(str(args.text / f), s), self.tokenizer) for s, f in SPLITS.items()}
         self.blocks = TokenBlocks(self.streams["train"], self.block)
         self.ways = Ways(bf16=not args.tf32, stacked=args.stacked, compiled=args.compiled)
 
@@ -80,15 +79,13 @@ class Bench:
 
     def save(self, **parts: Any) -> None:
         """Merge into the results file; `rows` merges row by row and seed by seed, `analysis` run by run."""
-        machine = describe()
         with updating(self.file) as record:
             for row, seeds in parts.pop("rows", {}).items():
                 record.setdefault("rows", {}).setdefault(row, {}).update(seeds)
             record.setdefault("analysis", {}).update(parts.pop("analysis", {}))
             record |= {"model": self.name, **parts}
-            runs = record.setdefault("machines", [])
-            if machine not in runs:
-                runs.append(machine)
+            runs, machine = record.setdefault("machines", []), describe()
+            runs.extend([machine] if machine not in runs else [])
             record["config"] = self.full
             record["table"] = _table(record)
         self.record = record
@@ -234,9 +231,8 @@ def _plan(folder: str, settings: RunSettings, seed: int) -> Plan:
 def _keep(bench: Bench, models: Models, result: Result, row: str, seed: int) -> None:
     evaluator = models.with_weights(result.plan.quant, result.weights)
     scores = bench.score(evaluator)
-    more = {"teacher": bench.teacher, "best_step": result.best_step, "curve": result.metrics}
-    more["steps_per_second_of_all"] = round(result.steps_per_second, 1)
-    bench.save(rows={row: {str(seed): scores | more}})
+    how = {"teacher": bench.teacher, "best_step": result.best_step, "steps_per_second_of_all": result.steps_per_second}
+    bench.save(rows={row: {str(seed): scores | how | {"curve": result.metrics}}})
     bench.say(f"{result.plan.name} {scores}")
     if result.plan.name in bench.args.analyse.split(","):
         bench.save(analysis={result.plan.name: _analysed(bench, evaluator, result)})
