@@ -14,7 +14,14 @@ from tests.graphs import export as raw_export
 from tests.models import build, ids
 from tsld_fx.capture import capture
 from tsld_fx.errors import PassError
-from tsld_fx.passes import FuseGatedActivation, FuseRMSNorm, InsertKVCache, SelectLastToken, run_passes
+from tsld_fx.passes import (
+    FuseGatedActivation,
+    FuseRMSNorm,
+    InsertKVCache,
+    SelectLastToken,
+    TabulateRotary,
+    run_passes,
+)
 from tsld_fx.passes.graph_tools import calls
 from tsld_fx.passes.insert_kv_cache import set_fresh
 from tsld_fx.passes.pipelines import capture_pipeline, decode_pipeline
@@ -186,6 +193,55 @@ def test_rotary_embeddings_are_taken_in(family: str, rotary: bool) -> None:
     norms = calls(graph_module.graph, torch.ops.tsld.rms_norm.default, torch.ops.tsld.add_rms_norm.default)
     assert bool(norms) is rotary
     assert not calls(graph_module.graph, torch.ops.aten.neg.default, torch.ops.aten.rsqrt.default)
+
+
+class Rotary(Attention):
+    """Cosine and sine of the positions, times something else of the input where `other` says so."""
+
+    def __init__(self, other: str = "") -> None:
+        super().__init__()
+        self.other = other
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        batch, tokens = input_ids.shape
+        q, k, v = self.qkv(self.embedding(input_ids)).split([16, 8, 8], -1)
+        q, k, v = (part.view(batch, tokens, -1, 4).transpose(1, 2) for part in (q, k, v))
+        angle = position_ids[..., None].float() * torch.tensor([1.0, 0.1, 1.0, 0.1])
+        if self.other == "tokens":
+            angle = angle * input_ids[..., None]
+        if self.other == "positions":
+            angle = angle - position_ids[:, :1, None]
+        cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+
+        def turn(x: Tensor) -> Tensor:
+            return x * cos + torch.cat([-x[..., 2:], x[..., :2]], -1) * sin
+
+        q, k = turn(q), turn(k)
+        k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(batch, 4, tokens, 4) for t in (k, v))
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() & attention_mask[:, None, None].bool()
+        out = functional.scaled_dot_product_attention(q, k, v, mask, scale=0.25)
+        return {"logits": self.head(out.transpose(1, 2).reshape(batch, tokens, 16))}
+
+
+@pytest.mark.parametrize("other", ["", "tokens", "positions"])
+def test_rotary_tables(other: str) -> None:
+    """Tables take the place of cosine and sine where these depend on each position alone."""
+    module, tokens = Rotary(other), torch.randint(1, 11, (2, 6))
+    positions, sizes = torch.arange(6).expand(2, -1).contiguous(), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    inputs = (tokens, torch.ones_like(tokens), positions)
+    graph_module = export(module, *inputs, dynamic_shapes=(sizes, sizes, sizes))
+    run_passes(graph_module, (InsertKVCache(3, 10, fresh=True),))
+    if other:
+        assert_untouched(TabulateRotary(10), graph_module)
+        return
+    graph_module, modified = apply(TabulateRotary(10), graph_module)
+    assert modified and not calls(graph_module.graph, torch.ops.aten.cos.default, torch.ops.aten.sin.default)
+    (node,) = calls(graph_module.graph, torch.ops.tsld.cached_attention.default)
+    assert [str(a.target) for a in node.args[3:5]] == ["kv_cache.cos_0", "kv_cache.sin_0"]
+    assert graph_module.kv_cache.cos_0.shape == (10, 4)
+    got = torch.fx.Interpreter(graph_module).run(tokens, positions, enable_io_processing=False)[0]
+    torch.testing.assert_close(got, module(*inputs)["logits"])
+    assert_untouched(TabulateRotary(10), graph_module)
 
 
 def test_last_token_only() -> None:
