@@ -42,7 +42,7 @@ from tsld_fx.distributed.fsdp import FsdpEngine
 from tsld_fx.distributed.objective import fused_objective, head_loss
 from tsld_fx.distributed.pipeline import PipelineEngine
 from tsld_fx.distributed.ranks import Ranks
-from tsld_fx.prepared import graph_model
+from tsld_fx.preparation import graph_model
 
 SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "1b": (2048, 5504, 16, 16, 32000), "tiny": (64, 96, 4, 4, 256)}
 TOKENS, SEQUENCES = 512, 4

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsld_fx import DistillConfig, QuantConfig, losses, prepare
 from tsld_fx.fused_loss import HeadLoss, objective_of
 from tsld_fx.headless import without_head
-from tsld_fx.prepared import graph_model
+from tsld_fx.preparation import graph_model
 from tsld_fx.weight_cache import WeightCache
 
 

@@ -23,7 +23,7 @@ from tsld_fx.headless import without_head
 from tsld_fx.passes import CausalAttention
 from tsld_fx.passes.fuse_head_loss import head_of
 from tsld_fx.passes.runner import run_passes
-from tsld_fx.prepared import graph_model
+from tsld_fx.preparation import graph_model
 
 # of stacked parameters [R, ...] and numbers of blocks [R, B]: the total and the terms of each run
 Loss = Callable[[dict[str, Tensor], Tensor], list[tuple[Tensor, Tensor]]]

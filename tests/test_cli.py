@@ -27,7 +27,7 @@ from tests.tiny_runs import (
 )
 from tsld_fx.model_folders import load_any
 from tsld_fx.perplexity import perplexity
-from tsld_fx.prepared import load_prepared
+from tsld_fx.preparation import load_prepared
 from tsld_fx.runs import read_metrics
 from tsld_fx.text_data import tokenize
 

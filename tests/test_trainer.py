@@ -16,7 +16,7 @@ from tests.models import build, ids, left_padded, ternary
 from tests.tiny_runs import Recorder, Rows, arguments, random_rows
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig, TernaryWeight, TSLDTrainer, losses, prepare
 from tsld_fx.distill import LossTerm
-from tsld_fx.prepared import graph_model
+from tsld_fx.preparation import graph_model
 
 METHODS = ("gt", "logit", "logit_gt", "l2l", "tsld")
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tsld_fx.distill import DistillConfig, LossTerm
     from tsld_fx.lowered import LoweredModel, convert
     from tsld_fx.onnx.export import export_onnx
-    from tsld_fx.prepared import PreparedModel, load_prepared, prepare
+    from tsld_fx.preparation import load_prepared, prepare
+    from tsld_fx.prepared import PreparedModel
     from tsld_fx.relax.translate import to_relax
     from tsld_fx.runtime_module import build_runtime_module
     from tsld_fx.trainer import TSLDTrainer
@@ -60,8 +61,8 @@ _LAZY = {  # name -> module that is imported on its first use: torch and transfo
     "convert": "tsld_fx.lowered",
     "export_onnx": "tsld_fx.onnx.export",
     "load": "tsld_fx.checkpoint",
-    "load_prepared": "tsld_fx.prepared",
-    "prepare": "tsld_fx.prepared",
+    "load_prepared": "tsld_fx.preparation",
+    "prepare": "tsld_fx.preparation",
     "to_relax": "tsld_fx.relax.translate",
 }
 

@@ -15,7 +15,8 @@ from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.lowered import convert
 from tsld_fx.packing import unpack
 from tsld_fx.passes.runner import PassTrace
-from tsld_fx.prepared import PreparedModel, prepare
+from tsld_fx.preparation import prepare
+from tsld_fx.prepared import PreparedModel
 
 
 @dataclass(frozen=True)

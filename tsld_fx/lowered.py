@@ -22,7 +22,8 @@ from tsld_fx.model_card import write_card
 from tsld_fx.passes.graph_tools import attribute, calls, module_path
 from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
-from tsld_fx.prepared import PreparedModel, check_length
+from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_inputs import check_length
 
 if TYPE_CHECKING:
     from tsld_fx.decode import Decoder

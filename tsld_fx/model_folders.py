@@ -17,7 +17,8 @@ from tsld_fx.errors import BackendError, CaptureError, CheckpointError, ConfigEr
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, convert
 from tsld_fx.model_card import write_card
-from tsld_fx.prepared import PreparedModel, load_prepared, prepare
+from tsld_fx.preparation import load_prepared, prepare
+from tsld_fx.prepared import PreparedModel
 from tsld_fx.runs import whole_folder
 from tsld_fx.text_data import DEMO
 

@@ -16,7 +16,7 @@ from tsld_fx.baselines.post_training import gptq, simulate
 from tsld_fx.config import QuantConfig
 from tsld_fx.errors import ConfigError, DataError
 from tsld_fx.model_folders import check_window, load_float, load_tokenizer
-from tsld_fx.prepared import prepare
+from tsld_fx.preparation import prepare
 from tsld_fx.recipes import device_of, evaluate, open_data
 from tsld_fx.runs import RunFolder, whole_folder
 from tsld_fx.settings import RunSettings, check_keys

@@ -1,12 +1,10 @@
-"""`prepare`: a Hugging Face decoder whose forward pass runs the captured, fake-quantised graph."""
+"""What `prepare` returns: a Hugging Face decoder whose forward pass runs the captured, fake-quantised graph."""
 
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,10 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tsld_fx import losses
-from tsld_fx.capture import attach, capture, check_decoder, max_positions, takes_positions
+from tsld_fx.capture import attach, capture, takes_positions
 from tsld_fx.config import QuantConfig
-from tsld_fx.distill import DistillConfig
-from tsld_fx.errors import CheckpointError, ConfigError, DataError
+from tsld_fx.errors import ConfigError
 from tsld_fx.fused_loss import HeadLoss
 from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.layered import LayeredView
@@ -30,19 +27,9 @@ from tsld_fx.passes.retarget_device import RetargetDevice
 from tsld_fx.passes.runner import Listener, run_passes
 from tsld_fx.passes.set_dropout import SetDropout
 from tsld_fx.passes.split_off_head import SplitOffHead
+from tsld_fx.prepared_inputs import check_inputs
 
-logger = logging.getLogger(__name__)
 LEARNED_LEAVES = ("weight_scale", "weight_clip")
-_HARMLESS = {
-    "use_cache",
-    "return_dict",
-    "cache_position",
-    "segment_ids",
-    "logits_to_keep",
-    "num_items_in_batch",
-}
-
-
 Ending = Objective | Literal["head_input"] | None  # how a graph ends: losses, the head's input, or logits
 Key = tuple[bool, str]  # with positions; the name of the ending
 
@@ -76,7 +63,7 @@ class HeadInput(NamedTuple):
 
 
 @dataclass
-class _State:
+class GraphState:
     """The graphs of one prepared model; all of them read the model's own parameters."""
 
     config: QuantConfig | None  # None: a full-precision model that only runs as a graph (a teacher with taps)
@@ -96,7 +83,7 @@ class PreparedModel(PreTrainedModel):
     """Mixed into the model's own class by `prepare`: same parameters and names, forward through the graph."""
 
     accepts_loss_kwargs = False  # a Trainer averages the loss over accumulation steps
-    _tsld: _State
+    _tsld: GraphState
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -129,7 +116,7 @@ class PreparedModel(PreTrainedModel):
         Raises:
             DataError: inputs that do not fit the model.
         """
-        _check_inputs(self, input_ids, kwargs)
+        check_inputs(self, input_ids, kwargs)
         if head_loss is not None:
             values = self._run(head_loss.objective, input_ids, attention_mask, position_ids, head_loss.tensors())
             taps = {tap: _tapped(values, tap) for tap in ("hidden_states", "attention_scores")}
@@ -145,7 +132,7 @@ class PreparedModel(PreTrainedModel):
 
     def head_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HeadInput:
         """Run the graph up to its head, for a model whose `fuse_head_loss` is possible."""
-        _check_inputs(self, input_ids, {})
+        check_inputs(self, input_ids, {})
         values = self._run("head_input", input_ids, attention_mask, None, {})
         return HeadInput(*(values[name] for name in split_off_head.RESULTS))
 
@@ -280,7 +267,7 @@ class PreparedModel(PreTrainedModel):
 
     def _captured(self) -> PreTrainedModel:
         """The same modules under the model's original class, whose forward torch.export can trace."""
-        return _retyped(self, type(self).__mro__[2])
+        return retyped(self, type(self).__mro__[2])
 
     def _follow_device(self, device: torch.device) -> None:
         if device != self._tsld.device:
@@ -296,69 +283,10 @@ class PreparedModel(PreTrainedModel):
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_tsld"})
         state = self._tsld
         graphs = {key: attach(copy.deepcopy(g.graph), twin, g) for key, g in state.graphs.items()}
-        twin.__dict__["_tsld"] = _State(
+        twin.__dict__["_tsld"] = GraphState(
             state.config, state.taps, state.device, None, graphs, state.layered, state.recompute
         )
         return twin
-
-
-def prepare(
-    model: PreTrainedModel,
-    config: QuantConfig | None = None,
-    *,
-    distill: DistillConfig | None = None,
-    listener: Listener | None = None,
-) -> PreparedModel:
-    """Capture a decoder and insert fake quantisation, ready to train or to convert at once.
-
-    The result shares every parameter with `model`, under the same names; nothing is copied. A model in float16 or
-    bfloat16 is first upcast in place to float32, because those are the master weights that training moves.
-
-    Args:
-        model: any decoder-only AutoModelForCausalLM.
-        config: what to quantise (default: ternary TWN per output channel, all linear layers but the head).
-        distill: adds the taps that this method needs; TSLDTrainer does it by itself.
-        listener: called after each pass (`tsld-fx inspect` uses it).
-
-    Returns:
-        A model of the same transformers class, whose forward(input_ids, attention_mask, position_ids, labels) runs
-        `prepared.graph_module`.
-
-    Raises:
-        TsldError: the model is no decoder, cannot be captured, or does not fit the configuration.
-    """
-    config = config or QuantConfig()
-    if isinstance(model, PreparedModel):
-        raise ConfigError("prepare: the model is prepared already. Load it again to prepare it in another way.")
-    check_decoder(model)
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ConfigError("prepare: the model's weights are quantised already. Start from the float checkpoint.")
-    _upcast(model)
-    prepared = graph_model(model, config, distill.taps if distill else (), listener)
-    prepared.config.tsld_fx = config.to_dict()
-    return prepared
-
-
-def graph_model(
-    model: PreTrainedModel,
-    config: QuantConfig | None,
-    taps: tuple[str, ...],
-    listener: Listener | None = None,
-) -> PreparedModel:
-    """Wrap a model so that it runs as a graph; with config None nothing is quantised (a teacher that gives taps).
-
-    A model that runs as a graph already only gets the taps.
-    """
-    if isinstance(model, PreparedModel):
-        model.set_taps(taps)
-        return model
-    base: Any = type(model)
-    wrapped: PreparedModel = _retyped(model, prepared_class(base))
-    wrapped.config = copy.deepcopy(model.config)
-    device = model.get_input_embeddings().weight.device
-    wrapped.__dict__["_tsld"] = _State(config, taps, device, listener)
-    wrapped._graph(False)
-    return wrapped
 
 
 def ending_name(ending: Ending) -> str:
@@ -372,24 +300,11 @@ def prepared_class(base: type[PreTrainedModel]) -> type[PreparedModel]:
     return type(base.__name__, (PreparedModel, base), {"__doc__": base.__doc__, "__module__": __name__})
 
 
-def _retyped(model: PreTrainedModel, cls: type) -> Any:
+def retyped(model: PreTrainedModel, cls: type) -> Any:
     """A second object over the same modules, parameters and buffers, of another class."""
     twin: Any = object.__new__(cls)
     twin.__dict__.update({k: v for k, v in model.__dict__.items() if k != "_tsld"})
     return twin
-
-
-def _upcast(model: PreTrainedModel) -> None:
-    low = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
-    if not low:
-        return
-    names = ", ".join(sorted(str(d).removeprefix("torch.") for d in low))
-    logger.warning(
-        "prepare: upcasting the model's %s weights to float32 in place: they become the master weights.",
-        names,
-    )
-    model.float()
-    model.config.dtype = torch.float32
 
 
 def _output_name(model: PreTrainedModel) -> str:
@@ -401,69 +316,4 @@ def _tapped(values: dict[str, Tensor], tap: str) -> tuple[Tensor, ...] | None:
     return tuple(v for k, v in values.items() if k.startswith(f"{tap}.")) or None
 
 
-def _check_inputs(model: PreparedModel, input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-    if input_ids is None or input_ids.ndim != 2:
-        shape = None if input_ids is None else list(input_ids.shape)
-        raise DataError(f"a prepared model takes input_ids [batch, tokens], got {shape}. inputs_embeds has no graph.")
-    for name, value in kwargs.items():
-        if name == "past_key_values":
-            if value is not None and value.get_seq_length():
-                raise DataError("a prepared model has no KV cache. Call with use_cache=False, or convert it first.")
-        elif name not in _HARMLESS and value is not None and value is not False:
-            raise DataError(f"a prepared model does not take {name}=. It takes input_ids, attention_mask, "
-                            "position_ids and labels.")  # fmt: skip
-    check_length(model, input_ids.shape[1])
-
-
-def check_length(model: PreTrainedModel, tokens: int) -> None:
-    """Refuse sequences longer than a model with learned positions has.
-
-    Raises:
-        DataError: it gives both lengths.
-    """
-    limit = max_positions(model)
-    if limit is not None and isinstance(tokens, int) and tokens > limit and _learned_positions(model):
-        raise DataError(f"{tokens} tokens are more than the {limit} positions of the model. Shorten the input.")
-
-
-def _learned_positions(model: PreTrainedModel) -> bool:
-    embedding = model.get_input_embeddings()
-    return any(isinstance(m, nn.Embedding) and m is not embedding for m in model.modules())
-
-
-def load_prepared(folder: str | Path, **kwargs: Any) -> PreparedModel:
-    """Load what `prepared.save_pretrained(folder)` wrote, ready to train on or to convert.
-
-    Args:
-        kwargs: go to AutoModelForCausalLM.from_pretrained.
-
-    Raises:
-        CheckpointError: the folder holds no prepared model, or a damaged one.
-    """
-    from tsld_fx.checkpoint import from_pretrained, read_config, read_tensors
-
-    recorded = read_config(Path(folder)).get("tsld_fx")
-    if recorded is None:
-        raise CheckpointError(
-            f"{folder}: config.json has no 'tsld_fx' entry, so this is not a prepared model. "
-            "Use tsld_fx.load for a converted one, or prepare(AutoModelForCausalLM.from_pretrained(...))."
-        )
-    model = from_pretrained(Path(folder), dtype=torch.float32, **kwargs)
-    prepared = prepare(model, QuantConfig.from_dict(recorded))
-    wanted = {n for n, _ in prepared.named_parameters()} | {n for n, _ in prepared.named_buffers()}
-    quantiser = _is_quantiser_value
-    stored = read_tensors(Path(folder), lambda name: name in wanted and quantiser(name))
-    missing = [n for n, _ in prepared.learned_scales() if n not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: the learned scale {missing[0]!r} is missing. The checkpoint is incomplete.")
-    with torch.no_grad():
-        for name, value in stored.items():
-            prepared.get_submodule(name.rpartition(".")[0]).__getattr__(name.rpartition(".")[2]).copy_(value)
-    return prepared
-
-
-def _is_quantiser_value(name: str) -> bool:
-    return name.rpartition(".")[2] in (*LEARNED_LEAVES, "weight_zero")
-
-
-__all__ = ["PreparedModel", "PreparedOutput", "load_prepared", "prepare"]
+__all__ = ["HeadInput", "PreparedModel", "PreparedOutput"]

@@ -16,7 +16,7 @@ from tsld_fx.errors import ConfigError
 from tsld_fx.model_folders import check_window, load_float, load_tokenizer
 from tsld_fx.perplexity import check_tokens, perplexity
 from tsld_fx.plots import plot_run
-from tsld_fx.prepared import prepare
+from tsld_fx.preparation import prepare
 from tsld_fx.progress import RichProgress
 from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
 from tsld_fx.settings import TRAINING_DEFAULTS, RunSettings

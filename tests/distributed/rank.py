@@ -19,7 +19,7 @@ from tsld_fx import DistillConfig, PreparedModel, TSLDTrainer, prepare
 from tsld_fx.distributed import DistributedTrainer, ParallelConfig
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.errors import TsldError
-from tsld_fx.prepared import graph_model
+from tsld_fx.preparation import graph_model
 from tsld_fx.runs import last_whole_checkpoint, write_json
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 0.1}

@@ -17,7 +17,8 @@ from tsld_fx.capture import check_decoder
 from tsld_fx.config import QuantConfig, WeightSpec, group_size_code
 from tsld_fx.errors import ConfigError, DataError
 from tsld_fx.perplexity import check_tokens
-from tsld_fx.prepared import PreparedModel, prepare
+from tsld_fx.preparation import prepare
+from tsld_fx.prepared import PreparedModel
 
 Method = Literal["rtn", "gptq", "awq"]
 

@@ -39,7 +39,7 @@ def analyze(
     from tsld_fx.analysis.figures import has_plotly
     from tsld_fx.errors import CheckpointError, ConfigError
     from tsld_fx.model_folders import check_window, load_any, load_tokenizer
-    from tsld_fx.prepared import prepare
+    from tsld_fx.preparation import prepare
     from tsld_fx.text_data import DEMO, read_documents, tokenize
 
     if out.exists() and not out.is_dir():

@@ -21,7 +21,8 @@ from tsld_fx.lowered import convert
 from tsld_fx.model_folders import load_float, load_tokenizer
 from tsld_fx.perplexity import perplexity
 from tsld_fx.plots import plot_bars
-from tsld_fx.prepared import PreparedModel, load_prepared, prepare
+from tsld_fx.preparation import load_prepared, prepare
+from tsld_fx.prepared import PreparedModel
 from tsld_fx.recipes import train
 from tsld_fx.runs import whole_folder, write_json
 from tsld_fx.settings import DataSettings, RunSettings, read_yaml

@@ -19,7 +19,8 @@ from tsld_fx.distributed.objective import fused_objective, fused_terms, head_los
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.fused_loss import HeadLoss
 from tsld_fx.losses import IGNORE, token_cross_entropy
-from tsld_fx.prepared import HeadInput, PreparedModel, PreparedOutput, graph_model
+from tsld_fx.preparation import graph_model
+from tsld_fx.prepared import HeadInput, PreparedModel, PreparedOutput
 
 
 class Engine(ABC):
