@@ -132,7 +132,10 @@ class GemmConfig:
         if self.kernel == "wgmma":
             registers, warps = self.row_tiles * self.tokens // 2 + 72, self.threads // 32
             registers += 24 * (self.row_tiles > 1 and self.tokens == 16)  # addresses of two row tiles
-            registers += 24 * (spec.quantised is not None or spec.group > 0)  # the scales of tokens or of groups
+            if (spec.bits, spec.group) == (2, 128):
+                registers += 8  # WgmmaConfig::kOwnScales
+            else:
+                registers += 24 * (spec.quantised is not None or spec.group > 0)  # the scales of tokens or of groups
             fitting = [b for b in (6, 5, 4, 3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]
             return max(fitting, default=1)
         if self.kernel == "tile":

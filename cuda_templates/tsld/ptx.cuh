@@ -43,15 +43,6 @@ __device__ __forceinline__ void cp_async_stream(u32 dst, const void* src, u64 po
                : "memory");
 }
 
-// The same straight to registers.
-__device__ __forceinline__ Vec16 load_stream16(const void* src, u64 policy) {
-  Vec16 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0,%1,%2,%3}, [%4], %5;"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "l"(src), "l"(policy));
-  return v;
-}
-
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros.
 __device__ __forceinline__ void cp_async_zfill(u32 dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");

@@ -47,6 +47,16 @@ def test_no_spills_with_activations_of_8_bits(quantised: str) -> None:
     assert "C7510" not in log and "C7513" not in log
 
 
+@pytest.mark.parametrize(("activation", "group"), [("fp16", 0), ("bf16", 128)])
+def test_no_spills_where_blocks_form_clusters(activation: str, group: int) -> None:
+    spec = KernelSpec(activation, 2, group, "sm_90a")  # type: ignore[arg-type]
+    shapes = [(16, 16, 1, 6, "few"), (64, 16, 1, 4, "few"), (16, 16, 2, 3, "cluster"), (8, 8, 4, 3, "cluster")]
+    configs = [GemmConfig(t, 1, 1, warps, rows, stages, kernel) for t, warps, rows, stages, kernel in shapes]  # type: ignore[arg-type]
+    _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
+    assert not [r for r in parse_resources(log) if r.stack or r.spill_stores or r.spill_loads]
+    assert "C7510" not in log
+
+
 def test_ptx_for_the_driver() -> None:
     spec = KernelSpec("fp16", 2, 0, "compute_80")
     binary, _ = find_compiler("nvcc").compile(render(spec, [choose(spec, 64, 64, 1, 108).config]), spec.target)
