@@ -11,7 +11,6 @@ benchmarks/results/cpu_gemm.json. The first run downloads llama-cpp-python's sdi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from torch import Tensor
 from tsld_fx.codegen.cpu.gemm import CpuGemm
 from tsld_fx.codegen.cpu.library import LEVELS, level
 from tsld_fx.packing import pack
+from tsld_fx.runs import write_json
 
 CASES = ((4096, 14336, 1), (4096, 4096, 128), (4096, 4096, 512))
 ROTATION = 1.1e9  # bytes
@@ -138,8 +138,7 @@ def main() -> None:
             rows = case(n, k, tokens, threads, args.seconds)
             show(console, rows, reads)
             record["rows"] += rows
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(args.out, record)
     console.print(f"written to {args.out.name}")
 
 

@@ -32,6 +32,7 @@ from tsld_fx.decode import Decoder
 from tsld_fx.decode.options import Options
 from tsld_fx.decode.select import Selection
 from tsld_fx.lowbit_linear import LowBitLinear
+from tsld_fx.runs import write_json
 
 PRODUCTS = {
     "q/k/v": (3 * HIDDEN, HIDDEN),
@@ -268,8 +269,7 @@ def fp16(result: dict[str, Any], args: Any, ceiling: float) -> None:
 
 
 def write(result: dict[str, Any], args: Any) -> None:
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.out, result)
 
 
 def report(result: dict[str, Any], args: Any) -> None:

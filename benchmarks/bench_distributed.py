@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +42,7 @@ from tsld_fx.distributed.objective import fused_objective, head_loss
 from tsld_fx.distributed.pipeline import PipelineEngine
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.preparation import graph_model
+from tsld_fx.runs import write_json
 
 SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "1b": (2048, 5504, 16, 16, 32000), "tiny": (64, 96, 4, 4, 256)}
 TOKENS, SEQUENCES = 512, 4
@@ -277,7 +277,7 @@ def main() -> None:
         result["cases"][name] = found | {"seconds_in_all": time.perf_counter() - start}
         if ranks.is_first:
             print(name, {k: v for k, v in found.items() if k != "schedule_runs"}, flush=True)
-            out.write_text(json.dumps(result, indent=2) + "\n")
+            write_json(out, result)
     if ranks.is_first:
         show(result)
     ranks.stop()

@@ -11,7 +11,6 @@ not installed (`pip install humming-kernels tabulate gemlite`).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -20,13 +19,14 @@ from typing import Any
 
 import gemm_rivals
 import torch
-from gemm_timing import copy_ceiling_bytes_per_second, microseconds_per_call, rotation
+from gemm_timing import copy_ceiling_bytes_per_second, microseconds_per_call, rotation, warm_up
 from machine import describe
 from torch import Tensor
 
 from tsld_fx.codegen import LowBitGemm
 from tsld_fx.codegen.compiler import find_compiler
 from tsld_fx.codegen.layout import kernel_group
+from tsld_fx.runs import write_json
 
 SHAPES = ((22016, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 16, 64, 256, 2048)
@@ -137,7 +137,6 @@ def main() -> None:
     print(f"{gpu}, torch {torch.__version__}, copy ceiling {ceiling / 1e12:.2f} TB/s (read + write)", flush=True)
     kind = f"w{args.bits}_g{args.group_size}" + (f"_{args.target}" if args.target else "")
     out = args.out or Path(__file__).parent / "results" / f"gemm_{gpu.split()[-1].lower()}_{kind}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         **describe(),
         "cuda": torch.version.cuda,
@@ -146,10 +145,11 @@ def main() -> None:
         "copy_bytes_per_s": ceiling,
         "rows": [],
     }
+    warm_up()
     for shape in args.shapes.split(","):
         n, k = map(int, shape.split("x"))
         record["rows"] += bench_shape(n, k, args, ceiling)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(out, record)
         if args.gemlite_config is not None and not args.no_gemlite:
             gemm_rivals.save_gemlite(args.gemlite_config)
         torch.cuda.empty_cache()

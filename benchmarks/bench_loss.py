@@ -12,7 +12,6 @@ matrix products alone, at the rate measured in this run. Writes benchmarks/resul
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tsld_fx import DistillConfig, losses
+from tsld_fx.runs import write_json
 
 TSLD, LOGIT = DistillConfig("tsld"), DistillConfig("logit_gt")
 
@@ -181,7 +181,7 @@ def main() -> None:
             ideal = products * 2 * batch * tokens * hidden * vocabulary / rate * 1e3
             record["results"][key] = {"ideal_ms": ideal, "rows": rows}
             show(key, ideal, rows)
-            out.write_text(json.dumps(record, indent=2) + "\n")
+            write_json(out, record)
             del case
             torch.cuda.empty_cache()
 

@@ -66,6 +66,7 @@ def compare(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from tsld_fx.onnx.op_library import build_op_library
+    from tsld_fx.runs import write_json
 
     report: dict[str, Any] = {
         "machine": describe(),
@@ -93,8 +94,7 @@ def compare(args: argparse.Namespace) -> None:
                 rows[name]["file_mb"] = round(size / 1e6, 1)
                 print(model, name, rows[name], flush=True)
             report["models"][model] = rows
-            args.out.parent.mkdir(exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=2) + "\n")
+            write_json(args.out, report)
     for model, rows in report["models"].items():
         table = Table("variant", "tokens/s", "prompt tokens/s", "file MB", "peak MB", "limit tokens/s", title=model)
         for name, row in rows.items():

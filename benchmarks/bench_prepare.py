@@ -10,7 +10,6 @@ benchmarks/results/prepare_<hidden>.json.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsld_fx import prepare
 from tsld_fx.capture import capture
 from tsld_fx.passes.runner import PassTrace
+from tsld_fx.runs import write_json
 
 
 def llama(hidden: int, layers: int) -> LlamaForCausalLM:
@@ -76,7 +76,7 @@ def main() -> None:
         table.add_row(name, f"{seconds:.2f}")
     Console().print(table, f"resident memory: {before:.2f} GB before, {peak():.2f} GB at its peak")
     file = ROOT / "benchmarks" / "results" / f"prepare_{args.hidden}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(file, result)
 
 
 if __name__ == "__main__":

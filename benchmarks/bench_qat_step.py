@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ from tsld_fx import DistillConfig, QuantConfig, losses, prepare
 from tsld_fx.fused_loss import HeadLoss, objective_of
 from tsld_fx.headless import without_head
 from tsld_fx.preparation import graph_model
+from tsld_fx.runs import write_json
 from tsld_fx.weight_cache import WeightCache
 
 
@@ -167,9 +167,7 @@ def main() -> None:
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-            (ROOT / "benchmarks" / "results" / f"qat_step_{machine}.json").write_text(
-                json.dumps(record, indent=2) + "\n"
-            )
+            write_json(ROOT / "benchmarks" / "results" / f"qat_step_{machine}.json", record)
     Console(width=100).print(table)
     pairs = (("qat compiled", "kd compiled"), ("qat", "kd"), ("qat", "qat, logit"))
     for ours, base in pairs:

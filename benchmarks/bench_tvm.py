@@ -10,7 +10,6 @@ backend="cpu". The physical limit is the time to read the packed weights once at
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -27,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsld_fx
 import tsld_fx.relax
+from tsld_fx.runs import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.relax.bare_python import bare, bare_environment
@@ -130,7 +130,7 @@ def main() -> None:
     console.print(f"compile {cold:.1f} s, again {warm:.1f} s; run.py from start to its first token {started:.2f} s")
     console.print({name: f"{size / 1e6:.2f} MB" for name, size in sizes.items()})
     out = arguments.out or Path(__file__).parent / "results" / f"tvm_{arguments.shape}.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(out, result)
 
 
 if __name__ == "__main__":

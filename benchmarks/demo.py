@@ -14,6 +14,7 @@ from pathlib import Path
 from machine import ROOT, describe
 
 from tsld_fx.demo.run import run_demo
+from tsld_fx.runs import write_json
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     name = "demo_full" if args.full else "demo"
     report = run_demo(args.out or Path("runs") / f"benchmark-{name}", full=args.full)
     out = ROOT / "benchmarks" / "results" / f"{name}.json"
-    out.write_text(json.dumps({"machine": describe(), **report}, indent=2) + "\n")
+    write_json(out, {"machine": describe(), **report})
     print(
         json.dumps({k: report[k] for k in ("perplexity", "gap_closed", "steps", "seconds", "train_seconds")}, indent=2)
     )

@@ -7,6 +7,7 @@ weights of at least four times the L2 in all, and the time per call is the graph
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,6 +43,16 @@ def microseconds_per_call(calls: Sequence[Callable[[], object]], target_us: floa
     replay(2)
     count = max(1, int(target_us / max(replay(2), 1.0)))
     return statistics.median(replay(count) for _ in range(samples)) / len(calls)
+
+
+def warm_up(seconds: float = 1.0) -> None:
+    """Keep the GPU busy until its clocks have risen; the first row would be timed at idle clocks otherwise."""
+    x = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for _ in range(20):
+            torch.mm(x, x)
+        torch.cuda.synchronize()
 
 
 def copy_ceiling_bytes_per_second(gib: float = 4.0) -> float:

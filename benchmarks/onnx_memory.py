@@ -31,6 +31,7 @@ def main() -> None:
     from machine import describe
 
     import tsld_fx
+    from tsld_fx.runs import write_json
 
     lowered = lowered_model("llama-1.1b", 2, args.vocabulary)
     before, started = peak(), time.perf_counter()
@@ -43,7 +44,7 @@ def main() -> None:
         "peak_before_mb": round(before / 1e6), "peak_mb": round(peak() / 1e6), "seconds": round(seconds, 1),
         "peak_over_file": round(peak() / size, 3), "added_over_file": round((peak() - before) / size, 3),
     }  # fmt: skip
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out, result)
     print(json.dumps(result, indent=2))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from machine import ROOT, describe
 
+from tsld_fx.runs import write_json
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +26,7 @@ def main() -> None:
     summary = json.loads((args.folder / "summary.json").read_text())
     record = {"machine": describe(), "options": args.options, "summary": summary}
     file = ROOT / "benchmarks/results" / f"analysis_{args.name}.json"
-    file.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(file, record)
     print(file.name)
 
 

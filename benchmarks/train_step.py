@@ -9,7 +9,6 @@ peak memory. No teacher in either. Writes benchmarks/results/train_step_<model>.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from machine import ROOT, describe
 from transformers import AutoModelForCausalLM
 
 import tsld_fx
+from tsld_fx.runs import write_json
 
 
 def step_of(kind: str, folder: str, batch: int, tokens: int) -> Callable[[], None]:
@@ -92,8 +92,7 @@ def main() -> None:
         "memory_ratio": memory,
     }
     out = ROOT / "benchmarks" / "results" / f"train_step_{name}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out, record)
 
 
 if __name__ == "__main__":
