@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -36,6 +37,9 @@ def run(folder: Path, batch_size: int) -> None:
         torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "weights.pt")
         write_json(folder / "losses.json", {"world_size": args.world_size, "loss": recorder.values("loss")})
     if args.world_size > 1:
+        # gloo's threads need the GIL to let go of the last gathered tensors. Still at it when the reducer takes the
+        # process group with it, they are joined with the GIL held, for ever (torch 2.11 and 2.13).
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
 
