@@ -51,8 +51,8 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         self.config = read_yaml(args.config)
-        self.config["shared"]["data"] |= {split: [str(args.text / file)] for split, file in SPLITS.items()}
         self.full = copy.deepcopy(self.config)  # what is recorded, whatever --only leaves of it
+        self.config["shared"]["data"] |= {split: [str(args.text / file)] for split, file in SPLITS.items()}
         self.block = self.config["shared"]["data"]["block_size"]
         self.tokenizer = load_tokenizer(args.model)
         self.streams = {s: tokenize(read_documents(str(args.text / f), s), self.tokenizer) for s, f in SPLITS.items()}
