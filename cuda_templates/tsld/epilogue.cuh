@@ -124,4 +124,16 @@ __device__ __forceinline__ void reduce_and_store(const GemmParams& p, float* sha
   }
 }
 
+// Eight outputs of consecutive rows of one token, rounded already; rows behind the last are left out.
+__device__ __forceinline__ void store_rows(const GemmParams& p, int token, int row, const Vec16& v) {
+  u16* to = static_cast<u16*>(p.y) + static_cast<i64>(token) * p.n + row;
+  if (p.n % 8 == 0) {
+    *reinterpret_cast<Vec16*>(to) = v;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (row + i < p.n) to[i] = static_cast<u16>(v.w[i / 2] >> (16 * (i % 2)));
+}
+
 }  // namespace tsld

@@ -269,19 +269,8 @@ class TileGemm {
     for (int i = 0; i < kWarpTokens / kPassTokens; ++i) {
       const int token = i * kPassTokens + lane_ / kRowVecs;
       if (token0 + token < p_.m && row < p_.n)
-        store_rows(token0 + token, row, load_shared16(buffer + token * C::kStoreStride + lane_ % kRowVecs * 16));
+        store_rows(p_, token0 + token, row, load_shared16(buffer + token * C::kStoreStride + lane_ % kRowVecs * 16));
     }
-  }
-
-  __device__ __forceinline__ void store_rows(int token, int row, const Vec16& v) const {
-    u16* to = static_cast<u16*>(p_.y) + static_cast<i64>(token) * p_.n + row;
-    if (p_.n % 8 == 0) {
-      *reinterpret_cast<Vec16*>(to) = v;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (row + i < p_.n) to[i] = static_cast<u16>(v.w[i / 2] >> (16 * (i % 2)));
   }
 };
 

@@ -1,6 +1,7 @@
 // From the accumulators of wgmma to y: sums times the scales of rows (and of 8-bit tokens), plus bias, rounded once.
 #pragma once
 
+#include "tsld/epilogue.cuh"
 #include "tsld/params.cuh"
 #include "tsld/wgmma.cuh"
 
@@ -132,20 +133,9 @@ class WgmmaOutput {
       for (int i = 0; i < C::kSlab / 16; ++i) {  // 16 tokens at once
         const int token = i * 16 + threadIdx.x % 128 / 8;
         if (token0 + token < p_.m && row < p_.n)
-          store_rows(token0 + token, row, load_shared16(buffer + token * C::kStoreStride + threadIdx.x % 8 * 16));
+          store_rows(p_, token0 + token, row, load_shared16(buffer + token * C::kStoreStride + threadIdx.x % 8 * 16));
       }
     }
-  }
-
-  __device__ __forceinline__ void store_rows(int token, int row, const Vec16& v) const {
-    u16* to = static_cast<u16*>(p_.y) + static_cast<i64>(token) * p_.n + row;
-    if (p_.n % 8 == 0) {
-      *reinterpret_cast<Vec16*>(to) = v;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (row + i < p_.n) to[i] = static_cast<u16>(v.w[i / 2] >> (16 * (i % 2)));
   }
 };
 
