@@ -23,7 +23,7 @@ from tsld_fx.codegen.runtime_module import LinearKernel, plan_ranges, targets_of
 from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError, CheckpointError, ConfigError, TsldError
-from tsld_fx.runtime_linear import open_library
+from tsld_fx.runtime_linear import RuntimeLinear, open_library
 
 CONFIG = QuantConfig(overrides={"*.o_proj": AffineWeight(bits=4), "*.down_proj": None})
 MAX_TOKENS = 4
@@ -248,6 +248,16 @@ def test_module_of_other_shapes_is_refused(folder: Path, monkeypatch: pytest.Mon
     change(folder, lambda m: m["layers"]["model.layers.0.mlp.up_proj"].update(function="tsld_linear_nothing"))
     with pytest.raises(BackendError, match=r"no function 'tsld_linear_nothing'.*other shapes"):
         tsld_fx.load(folder)
+
+
+def test_transformers_may_initialise_around_a_layer() -> None:
+    model = build("gpt2")
+    attention = model.transformer.h[0].attn
+    width = attention.c_proj.nx
+    made = RuntimeLinear(width, width, {"codes": 16, "row_scale": width}, True, "none", "", torch.float16)
+    attention.c_proj = made
+    model._init_weights(attention)  # reaches for c_proj.weight
+    assert (made.weight.shape, made.weight.dtype, made.weight.device.type) == ((width, width), torch.float16, "meta")
 
 
 def test_weights_on_the_cpu_are_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

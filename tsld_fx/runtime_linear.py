@@ -145,6 +145,17 @@ class RuntimeLinear(nn.Module):
             self.register_buffer(f"weight_{name}", made)
         made = torch.empty(out_features, dtype=dtype, device="meta") if bias else None
         self.register_parameter("bias", None if made is None else nn.Parameter(made, requires_grad=False))
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and type [out, in] of the weight, on the meta device: the module holds no dense weight.
+
+        It says of itself that it is initialised: some `_init_weights` (GPT-2's) reach for their children's weights.
+        """
+        made = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        made._is_hf_initialized = True  # type: ignore[attr-defined]
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], fp16 or bf16 as the module was built."""
