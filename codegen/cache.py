@@ -37,7 +37,10 @@ def default_folder() -> Path:
 
 def default_limit() -> int:
     """Bytes that the cache may take: TSLD_CACHE_MAX_MB (default 512) MiB."""
-    return int(os.environ.get("TSLD_CACHE_MAX_MB", "512")) << 20
+    named = os.environ.get("TSLD_CACHE_MAX_MB") or "512"
+    if not named.isdecimal():
+        raise KernelBuildError(f"TSLD_CACHE_MAX_MB={named!r} is not a whole number of MiB. Set one, such as 512.")
+    return int(named) << 20
 
 
 def included_headers(source: str, root: Path = TEMPLATE_DIR) -> dict[str, str]:

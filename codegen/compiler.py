@@ -62,8 +62,8 @@ class Nvcc:
             command = [self.path, *self.flags(target), f"-I{TEMPLATE_DIR}", "-o", str(out), str(cu)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             log = done.stdout + done.stderr
-            if done.returncode != 0:
-                raise KernelBuildError(f"nvcc ended with code {done.returncode} for {target}:\n{log.strip()}")
+            if done.returncode != 0 or not out.exists():
+                raise KernelBuildError(f"{self.path} ended with code {done.returncode} for {target}:\n{log.strip()}")
             return out.read_bytes(), log
 
 
@@ -126,7 +126,9 @@ def _nvcc(path: str) -> Nvcc:
 
 def find_compiler(prefer: str | None = None) -> Compiler:
     """nvcc if the machine has it, else NVRTC. `prefer` ("nvcc" or "nvrtc"; default TSLD_CUDA_COMPILER) forces one."""
-    prefer = prefer or os.environ.get("TSLD_CUDA_COMPILER")
+    prefer = prefer or os.environ.get("TSLD_CUDA_COMPILER") or None
+    if prefer not in (None, "nvcc", "nvrtc"):
+        raise KernelBuildError(f"TSLD_CUDA_COMPILER={prefer!r} is unknown. Use 'nvcc' or 'nvrtc', or leave it out.")
     candidates = _nvcc_candidates()
     if candidates and prefer != "nvrtc":
         return _nvcc(candidates[0])

@@ -59,7 +59,7 @@ def targets_of(arch: Sequence[str]) -> tuple[str, ...]:
     """
     numbers = []
     for name in [arch] if isinstance(arch, str) else arch:
-        match = _ARCH.match(name)
+        match = _ARCH.match(str(name))
         if match is None or int(match.group(1)) < 80:
             raise BackendError(
                 f"build_runtime_module: arch {name!r} is none that the kernels serve. Use 'sm_80', 'sm_86', 'sm_89', "

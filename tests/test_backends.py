@@ -65,6 +65,40 @@ def test_machine_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) 
         check_backend("cuda")
 
 
+def test_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"device='gpu:0' is unknown.*'cuda:1'"):
+        tsld_fx.load(tmp_path, device="gpu:0")
+
+
+def test_too_little_memory_says_where_and_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    convert(prepare(build("llama")), backend="reference").save_pretrained(tmp_path)
+    remedy = r"Out of memory on .* while moving the model.*Free memory.*tried to allocate"
+    with monkeypatch.context() as patch:
+        patch.setattr("tsld_fx.checkpoint.AutoModelForCausalLM.from_pretrained", full)
+        with pytest.raises(BackendError, match=remedy):
+            tsld_fx.load(tmp_path, device_map="cuda:0")
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.Module.to", full)
+        with pytest.raises(BackendError, match=remedy):
+            tsld_fx.load(tmp_path, device="meta")
+        patch.setattr(backends, "_cuda_problem", lambda device: None)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        with pytest.raises(BackendError, match=r"cuda:0.*model \(0\.0 GB\)"):
+            convert(prepare(build("llama")), backend="cuda")
+
+
+def test_layer_that_does_not_pack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise BackendError("Out of memory.")
+
+    monkeypatch.setattr("tsld_fx.cpu_linear.register", full)
+    with pytest.raises(BackendError, match=r"model\.layers\.0\.self_attn\.q_proj: Out of memory"):
+        convert(prepare(build("llama")), backend="cpu")
+
+
 def test_cuda_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backends, "_cuda_problem", lambda device: None)
     with pytest.raises(BackendError, match=r"backend='cuda' cannot run on device='cpu'.*device='cuda'"):

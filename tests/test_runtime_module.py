@@ -115,6 +115,8 @@ def test_library_plans_as_the_runtime_compiler_does(built: Path, capability: int
             assert library.plan(name, m, capability, multiprocessors)[1:] == expected
     with pytest.raises(ValueError, match=r"no kernels for compute capability 7\.5"):
         library.plan(name, 1, 75, 40)
+    with pytest.raises(ValueError, match=rf"{name}: {MAX_TOKENS + 1} tokens.*at most {MAX_TOKENS}\. .*max_tokens"):
+        library.plan(name, MAX_TOKENS + 1, 90, 132)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "compute_80"])
@@ -135,7 +137,7 @@ def test_plan_tables_say_what_choose_says(n: int, k: int, target: str) -> None:
 def test_architectures() -> None:
     assert targets_of(("sm_90",)) == ("sm_90a", "compute_90")
     assert targets_of("sm_86") == ("sm_86", "compute_86")
-    for wrong in ((), ("sm_75",), ("80",)):
+    for wrong in ((), ("sm_75",), ("80",), (90,)):
         with pytest.raises(BackendError, match=r"arch"):
             targets_of(wrong)
     kernel = LinearKernel(KernelSpec("bf16", 4, 32), 8, 64)

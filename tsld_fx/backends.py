@@ -22,13 +22,17 @@ def check_backend(name: str, device: torch.device | str | None = None) -> None:
         device: where the model lies, or will.
 
     Raises:
-        BackendError: it names the backends that exist, or says what `cuda` lacks.
+        BackendError: it names the backends that exist, or says what the backend lacks; or the device is unknown.
     """
     if name != "auto" and name not in BACKENDS:
         raise BackendError(
             f"backend={name!r} is not available in this version of tsld_fx. "
             f"Use backend='auto' or one of {', '.join(map(repr, BACKENDS))}."
         )
+    try:
+        torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise BackendError(f"device={device!r} is unknown. Use 'cpu', 'cuda' or a device such as 'cuda:1'.") from None
     problems = {"cuda": _cuda_problem, "cpu": _cpu_problem, "tvm": _tvm_problem}
     problem = problems[name](device) if name in problems else None
     if problem is not None:
@@ -99,10 +103,35 @@ def use_backend(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name
             "from those with rounded activations.",
             stacklevel=3,
         )
-    if used != "reference":
-        for layer in layers.values():
+    if used == "reference":
+        return used
+    for name, layer in layers.items():
+        try:
             layer.use_kernels(used, "a16" if problem is not None else activations)
+        except BackendError as error:
+            raise BackendError(f"{name}: {error}") from error
     return used
+
+
+def move(model: PreTrainedModel, device: torch.device | str) -> None:
+    """`model.to(device)`.
+
+    Raises:
+        BackendError: too little memory there.
+    """
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise BackendError(f"{out_of_memory(device, model.get_memory_footprint())} ({error})") from error
+
+
+def out_of_memory(device: object, size: int | None = None) -> str:
+    """What to say and to do when a model does not fit on a device; size in bytes."""
+    what = "the model" if size is None else f"the model ({size / 1e9:.1f} GB)"
+    return (
+        f"Out of memory on {device} while moving {what} there. Free memory on it, choose another device, or load in "
+        "dtype=torch.float16."
+    )
 
 
 def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: str) -> str:
@@ -120,7 +149,7 @@ def _put_on(model: PreTrainedModel, layers: Mapping[str, LowBitLinear], name: st
         warnings.warn(f"backend='auto' runs the reference implementation, not {kind} kernels: {problem}", stacklevel=4)
         return "reference"
     if wanted == "cuda" and model.device.type != "cuda":
-        model.to(torch.device("cuda", torch.cuda.current_device()))
+        move(model, torch.device("cuda", torch.cuda.current_device()))
     return wanted
 
 

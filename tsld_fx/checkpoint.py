@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tsld_fx.backends import check_activations, check_backend, check_rounding
+from tsld_fx.backends import check_activations, check_backend, check_rounding, move, out_of_memory
 from tsld_fx.errors import BackendError, CheckpointError
 from tsld_fx.hf_quantizer import METHOD
 from tsld_fx.lowered import LoweredModel, as_lowered
@@ -83,12 +83,15 @@ def from_pretrained(folder: Path, **kwargs: Any) -> Any:
 
     Raises:
         CheckpointError: a file is cut short, or a tensor is missing or of another shape than the model's.
+        BackendError: too little memory on a device of `device_map`.
     """
     _check_packed_names(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+    except torch.OutOfMemoryError as error:
+        raise BackendError(f"{folder}: {out_of_memory(kwargs.get('device_map', 'the device'))} ({error})") from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({error}). Check config.json, or save the model again."
@@ -189,6 +192,6 @@ def load(
         check_rounding(activations, backend, device, _formats(quantization))
     model = from_pretrained(folder, **kwargs)
     if device is not None:
-        model.to(device)
+        move(model, device)
     model.config.quantization_config.activations = activations
     return as_lowered(model, backend, activations)

@@ -96,8 +96,8 @@ def _kernel_linear(
     if y.numel() == 0:
         return y
     rows = aligned_rows(x.detach().reshape(-1, x.shape[-1]))
-    partial, counters = opened.workspace(function, rows.shape[0], x.device)
     try:
+        partial, counters = opened.workspace(function, rows.shape[0], x.device)
         opened.function(function)(
             rows, codes, meta, row_scale, row_zero, bias, y.view(-1, out_features), partial, counters
         )

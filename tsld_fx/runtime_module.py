@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tsld_fx.backends import move
 from tsld_fx.errors import BackendError, CheckpointError, ConfigError
 from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.lowered import _OWN, LoweredModel, _as_lowered, _clone
@@ -261,6 +262,7 @@ def load_runtime_module(
     for module in model.modules():
         if isinstance(module, RuntimeLinear):
             module.library = library
-    lowered = _as_lowered(model.to(where).eval(), type(model))
+    move(model, where)
+    lowered = _as_lowered(model.eval(), type(model))
     lowered.__dict__["backend"] = "cuda"
     return lowered

@@ -41,7 +41,7 @@ struct Target {
   int max_shared;   // dynamic shared memory that stream kernels are allowed, bytes
 };
 
-// Calls with up to m_max tokens run this plan.
+// Calls with up to m_max tokens run this plan. A row with m_max = 0 ends the table.
 struct Range {
   int m_max;
   int kernel, splits, per_sm;
@@ -65,7 +65,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The plan of m tokens, as codegen/select_config.py computes it.
 inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int64_t m, int multiprocessors) {
   const Range* range = linear.ranges[target];
-  while (m > range->m_max) ++range;
+  while (range->m_max > 0 && m > range->m_max) ++range;
+  if (range->m_max == 0)
+    TVM_FFI_THROW(ValueError) << linear.name << ": " << m << " tokens in one call; the module was built for at most "
+                              << range[-1].m_max << ". Pass fewer, or build it with a larger max_tokens.";
   const Kernel& kernel = kernels[range->kernel];
   const int64_t row_tiles = ceil_div(linear.n, kTileRows), chunks = ceil_div(linear.k, kChunk);
   const int64_t rows = ceil_div(row_tiles * kTileRows, kernel.block_rows), tokens = ceil_div(m, kernel.block_tokens);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import KernelBuildError, Nvrtc, find_compiler, parse_resources
 from tsld_fx.codegen.config import GemmConfig
 from tsld_fx.codegen.cuda_gemm import build_kernel
@@ -113,3 +114,21 @@ def test_an_nvcc_that_does_not_run(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TSLD_NVCC", str(tmp_path / "missing"))
     with pytest.raises(KernelBuildError, match="does not run"):
         find_compiler()
+
+
+def test_an_nvcc_that_writes_nothing(monkeypatch, tmp_path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho V12.4.99\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("TSLD_NVCC", str(nvcc))
+    with pytest.raises(KernelBuildError, match=r"ended with code 0 for sm_80"):
+        find_compiler().compile("", "sm_80")
+
+
+def test_settings_that_make_no_sense(monkeypatch) -> None:
+    monkeypatch.setenv("TSLD_CUDA_COMPILER", "clang")
+    with pytest.raises(KernelBuildError, match=r"TSLD_CUDA_COMPILER='clang'.*'nvcc' or 'nvrtc'"):
+        find_compiler()
+    monkeypatch.setenv("TSLD_CACHE_MAX_MB", "1 GB")
+    with pytest.raises(KernelBuildError, match=r"TSLD_CACHE_MAX_MB='1 GB'.*MiB"):
+        KernelCache.default()
