@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,21 @@ def test_whole_folder_replaces_the_old_one_only_at_the_end(tmp_path: Path) -> No
         assert (target / "first").exists()
     assert files_under(tmp_path) == ["model/second"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_leftovers_of_killed_processes_are_removed_and_living_ones_stay(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    killed, young, other = (tmp_path / name for name in (".model.abcd_123", ".model.abcd_456", ".model2.abcd_123"))
+    for folder in (killed, young, other):
+        folder.mkdir()
+        (folder / "part").write_text("")
+    for folder in (killed, other):
+        os.utime(folder, (time.time() - 3600,) * 2)
+    with whole_folder(target) as living:
+        os.utime(living, (time.time() - 3600,) * 2)
+        with whole_folder(target):
+            assert living.exists() and not killed.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([young.name, other.name, "model"])
 
 
 def test_run_folder_writes_nothing_before_it_begins(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from tsld_fx.errors import CheckpointError
 
 _WHOLE = "tsld_whole"  # written into a checkpoint after everything else
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_YOUNG = 60.0  # seconds
 
 
 def write_whole(file: str | Path, text: str) -> None:
@@ -58,11 +62,17 @@ def check_file(file: str | Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to fill; it takes the place of `target` when the block ends well and vanishes when it does not."""
+    """A folder to fill; it takes the place of `target` when the block ends well and vanishes when it does not.
+
+    What a killed process left of an earlier attempt is removed.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        _lock(handle)
         yield temporary
         os.chmod(temporary, 0o755)
         old = None
@@ -73,7 +83,30 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         if old is not None:
             shutil.rmtree(old.parent, ignore_errors=True)
     finally:
+        os.close(handle)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lock(handle: int) -> bool:
+    """Whether this open folder is now ours; a lock ends with its process. False where the file system has none."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Delete temporary folders of `target` that no living process fills."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.????????"):
+        with contextlib.suppress(OSError):  # no folder, or removed by another process meanwhile
+            handle = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                old = time.time() - leftover.stat().st_mtime > _YOUNG  # a young one may not be locked yet
+                if old and _lock(handle):
+                    shutil.rmtree(leftover)
+            finally:
+                os.close(handle)
 
 
 def mark_whole(folder: str | Path, step: int) -> None:
