@@ -64,16 +64,6 @@ def cluster_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
     return [c for c in found if c.row_tiles * tokens <= 128 and c.cluster_registers(spec) * c.threads <= 65536]
 
 
-def few_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
-    tokens = next(t for t in (8, 16, 32, 64) if t >= m)
-    sizes = {tokens, tokens // 2 if m > 32 else tokens}
-    found = [
-        GemmConfig(t, 1, 1, warps, 1, stages, "few")
-        for t, warps, stages in itertools.product(sizes, (4, 8, 12, 16, 24), (4, 6))
-    ]
-    return [c for c in found if c.threads < 768 or tokens <= 16]
-
-
 def wgmma_candidates(m: int) -> list[GemmConfig]:
     found = []
     for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
@@ -103,8 +93,6 @@ def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[G
     found = stream_candidates(m) if "stream" in wanted and m <= 64 and not spec.quantised else []
     if "cluster" in wanted and m <= 64:
         found += cluster_candidates(spec, m)
-    if "few" in wanted and m <= 64:
-        found += few_candidates(spec, m)
     if "mma" in wanted and not spec.quantised:
         found += mma_candidates(m)
     if "tile" in wanted and not spec.quantised and spec.bits == 2 and not spec.group and m > 32:
@@ -250,7 +238,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--quantised", choices=("int8", "fp8"), help="round the activations first (timed with it)")
-    parser.add_argument("--kernels", default="stream,cluster,few,mma,tile,wgmma,narrow")
+    parser.add_argument("--kernels", default="stream,cluster,mma,tile,wgmma,narrow")
     parser.add_argument("--only", default="", help="a regular expression: configurations whose names match it")
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")

@@ -37,8 +37,8 @@ class GemmConfig:
     warps_n x warps_m x warps_k: how the warps share output rows, tokens and inputs.
     row_tiles: 16-row tiles per warp (mma, stream, cluster) or 64-row tiles per warp group of four warps (wgmma).
     stages: buffers of the asynchronous copies.
-    kernel: "stream" (few tokens; all warps lie along the inputs), "few" or "cluster" (Hopper, ternary, some tens of
-        tokens; the blocks that split K form a cluster), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
+    kernel: "stream" (few tokens; all warps lie along the inputs), "cluster" (Hopper, ternary, some tens of tokens; the
+        blocks that split K form a cluster), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
         all warps lie along the rows), "tile" (many tokens without Hopper's instructions) or "narrow" (Hopper, very
         many tokens: rounds x to 8 bits itself).
     digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
@@ -50,7 +50,7 @@ class GemmConfig:
     warps_k: int
     row_tiles: int
     stages: int
-    kernel: Literal["stream", "cluster", "few", "mma", "tile", "wgmma", "narrow"] = "mma"
+    kernel: Literal["stream", "cluster", "mma", "tile", "wgmma", "narrow"] = "mma"
     digits: bool = False
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class GemmConfig:
     @property
     def clusters(self) -> bool:
         """Whether the blocks that share inputs form a cluster and need no workspace in global memory."""
-        return self.kernel in ("cluster", "few")
+        return self.kernel == "cluster"
 
     def serves(self, spec: KernelSpec) -> bool:
         """Whether there is such a kernel for these weights, activations and target."""
@@ -97,7 +97,7 @@ class GemmConfig:
     @property
     def tensor_copies(self) -> bool:
         """Whether x comes by the tensor copy engine."""
-        return self.persistent or self.kernel == "few"
+        return self.persistent
 
     @property
     def threads(self) -> int:
@@ -124,9 +124,6 @@ class GemmConfig:
         """Blocks that shall fit on one multiprocessor: bounds the registers that the compiler may take."""
         if self.moves_registers:
             return 1
-        if self.kernel == "few":
-            registers = self.tokens // 2 + 76
-            return max(1, _REGISTERS // (self.threads * _round_up(registers, 8)))
         if self.kernel == "cluster":
             return max(1, _REGISTERS // (self.threads * self.cluster_registers(spec)))
         if self.kernel == "wgmma":
@@ -162,8 +159,6 @@ class GemmConfig:
     @property
     def block_rows(self) -> int:
         """Rows of an output tile; for stream and cluster: of a row group, of which a block has several."""
-        if self.kernel == "few":
-            return 64
         return self.warps_n * self.row_tiles * TILE_ROWS
 
     @property
@@ -179,9 +174,6 @@ class GemmConfig:
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of a block that does not depend on the shape, bytes; kSharedBytes of the configuration."""
-        if self.kernel == "few":
-            ring = self.warps_k * self.stages * (tile_bytes(spec.bits) + meta_bytes(spec))
-            return 1024 + _round_up(ring, 1024)
         if self.walks:
             return self.warps_k * self.stages * self.row_tiles * (tile_bytes(spec.bits) + meta_bytes(spec))
         if self.persistent:
@@ -206,11 +198,6 @@ class GemmConfig:
         the inputs (gemm_stream.cuh, gemm_cluster.cuh)."""
         if not self.walks:
             return 0
-        if self.kernel == "few":
-            piece = self.tokens * (64 + 4) * 4
-            received = splits * _ceil_div(self.tokens, splits) * groups * 64 * 4 * (splits > 1)
-            x_bytes = chunks * CHUNK * 2 * self.tokens
-            return max(x_bytes, self.warps_k // 4 * piece + received) + groups * piece
         rows = self.row_tiles * TILE_ROWS
         x_bytes = self.tokens * (chunks * CHUNK * 2 + 16)
         if self.digits:

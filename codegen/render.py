@@ -44,8 +44,6 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
             f"{config.name} does not serve {spec}: Hopper's kernels need sm_90a, and those with clusters ternary "
             "weights with one scale per row or 128 inputs and 16-bit activations. Choose another configuration."
         )
-    elif config.kernel == "few":
-        entry, shape = "Few", [config.tokens, config.warps_k // 4]
     elif config.kernel == "cluster":
         entry, shape = "Cluster", [config.tokens, config.warps_k, config.row_tiles]
     else:

@@ -18,7 +18,7 @@ namespace tsld_runtime {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
-enum Kind { kStream, kCluster, kFew, kMma, kTile, kWgmma };
+enum Kind { kStream, kCluster, kMma, kTile, kWgmma };
 constexpr int kTileRows = 16, kChunk = 128;
 
 // One kernel: its tile shapes, and its compiled image for each target that has it (null: the target does not use it).
@@ -29,7 +29,7 @@ struct Kernel {
   int64_t shared_bytes;          // that do not depend on the shape
   const unsigned char* const* images;  // by target
 
-  bool clusters() const { return kind == kCluster || kind == kFew; }  // the blocks that share K form a cluster
+  bool clusters() const { return kind == kCluster; }  // the blocks that share K form a cluster
   bool walks() const { return kind == kStream || clusters(); }        // a block takes several row groups
 };
 
@@ -87,16 +87,11 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
     const int64_t piece = kernel.tokens * (kernel.block_rows + 4) * 4;
     const int64_t received =
         range->splits > 1 ? range->splits * ceil_div(kernel.tokens, range->splits) * groups * kernel.block_rows * 4 : 0;
-    if (kernel.kind == kFew) {
-      out.shared_bytes +=
-          std::max(slice * kChunk * 2 * kernel.tokens, kernel.warps_k / 4 * piece + received) + groups * piece;
-    } else {
-      out.shared_bytes += kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
-                                        : kernel.tokens * (slice * kChunk * 2 + 16);
-      out.shared_bytes += (groups + kernel.warps_k) * piece;
-      if (kernel.kind == kCluster) out.shared_bytes += received;
-      if (kernel.kind == kStream && linear.bits > 2) out.shared_bytes += groups * kernel.block_rows;
-    }
+    out.shared_bytes += kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
+                                      : kernel.tokens * (slice * kChunk * 2 + 16);
+    out.shared_bytes += (groups + kernel.warps_k) * piece;
+    if (kernel.kind == kCluster) out.shared_bytes += received;
+    if (kernel.kind == kStream && linear.bits > 2) out.shared_bytes += groups * kernel.block_rows;
     out.counters = out.grid[0] * out.grid[1];
     if (kernel.clusters()) out.partial_floats = out.counters = 0;
   }
@@ -241,7 +236,7 @@ class Module {
 
     void* arguments[2] = {&params, nullptr};
     TensorMap map;
-    if (launch.kernel->kind == kWgmma || launch.kernel->kind == kFew) {
+    if (launch.kernel->kind == kWgmma) {
       const uint64_t shape[2] = {static_cast<uint64_t>(linear.k), static_cast<uint64_t>(m)};
       const uint64_t stride[1] = {static_cast<uint64_t>(params.ldx) * 2};
       const uint32_t box[2] = {64, static_cast<uint32_t>(launch.kernel->tokens)}, step[2] = {1, 1};

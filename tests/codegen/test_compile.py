@@ -51,7 +51,7 @@ def test_no_spills_with_activations_of_8_bits(quantised: str) -> None:
 @pytest.mark.parametrize(("activation", "group"), [("fp16", 0), ("bf16", 128)])
 def test_no_spills_where_blocks_form_clusters(activation: str, group: int) -> None:
     spec = KernelSpec(activation, 2, group, "sm_90a")  # type: ignore[arg-type]
-    shapes = [(16, 16, 1, 6, "few"), (64, 16, 1, 4, "few"), (16, 16, 2, 3, "cluster"), (8, 8, 4, 3, "cluster")]
+    shapes = [(16, 16, 2, 3, "cluster"), (8, 8, 4, 3, "cluster")]
     configs = [GemmConfig(t, 1, 1, warps, rows, stages, kernel) for t, warps, rows, stages, kernel in shapes]  # type: ignore[arg-type]
     _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
     assert not [r for r in parse_resources(log) if r.stack or r.spill_stores or r.spill_loads]

@@ -290,7 +290,6 @@ def test_kernels_whose_blocks_form_clusters(make_layer, n, k, group_size, dtype)
     layer = make_layer(n, k, 2, group_size)
     gemm = LowBitGemm.pack(*layer.arguments())
     for kernel, tokens, warps, row_tiles in (
-        ("few", 16, 16, 1), ("few", 8, 8, 1), ("few", 32, 12, 1), ("few", 64, 16, 1),
         ("cluster", 16, 16, 2), ("cluster", 16, 8, 3), ("cluster", 8, 16, 4),
     ):  # fmt: skip
         for splits in (1, 2):
