@@ -213,7 +213,11 @@ def graphed(bench: Bench, teacher: Path) -> None:
         results = run_together(wave, models, bench.quick, bench.say, left)
         for result in results:
             _keep(bench, models, result, *places[result.plan.name])
-        plans = plans[len(results) :]
+        done = {result.plan.name for result in results}
+        if not done:
+            bench.say(f"no time for {', '.join(p.name for p in wave)}")
+            return
+        plans = [p for p in plans if p.name not in done]
         pace = (time.perf_counter() - begun) / len(results) / wave[0].steps
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -57,11 +57,12 @@ def gptq_weight(
     levels = torch.zeros_like(work)
     work = work[:, order]
     rows, columns = work.shape
+    numbers = order.tolist()  # once: the loop below waits for no device
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         errors = torch.zeros(rows, stop - start, dtype=work.dtype, device=work.device)
         for i in range(start, stop):
-            column = int(order[i])
+            column = numbers[i]
             scale, low, high = grid.of_column(column, columns, rows)
             divisor = torch.where(scale == 0, torch.ones_like(scale), scale)
             level = torch.clamp((work[:, i] / divisor).round(), low, high)  # type: ignore[arg-type]
