@@ -212,7 +212,7 @@ class Models:
             head = without_head(self.load().to(self.device).eval())
             assert head is not None, "the teacher's logits are not the plain result of a linear head"
             hidden, scores = [], []
-            for ids, labels in zip(self.blocks.split(16), self.labels.split(16), strict=True):
+            for ids, labels in zip(self.blocks.split(64), self.labels.split(64), strict=True):
                 with torch.no_grad(), self.autocast():
                     found = head.body(input_ids=ids, use_cache=False).logits
                     logits = torch.nn.functional.linear(found, head.weight, head.bias)
