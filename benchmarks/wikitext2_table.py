@@ -208,19 +208,17 @@ def graphed(bench: Bench, teacher: Path) -> None:
         wave, begun = plans[: bench.args.together], time.perf_counter()
         left = bench.args.seconds - (begun - bench.start)
         if pace * wave[0].steps > left:
-            bench.say(f"no time for {', '.join(p.name for p in plans)}")
-            return
+            break
         results = run_together(wave, models, bench.quick, bench.say, left)
         for result in results:
             _keep(bench, models, result, *places[result.plan.name])
-        done = {result.plan.name for result in results}
-        if not done:
-            bench.say(f"no time for {', '.join(p.name for p in wave)}")
-            return
-        plans = [p for p in plans if p.name not in done]
+        if not results:
+            break
+        plans = [p for p in plans if p not in [r.plan for r in results]]
         pace = (time.perf_counter() - begun) / len(results) / wave[0].steps
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
+    if plans:
+        bench.say(f"no time for {', '.join(p.name for p in plans)}")
 
 
 def _plan(folder: str, settings: RunSettings, seed: int) -> Plan:
