@@ -137,6 +137,7 @@ def main() -> None:
     rows: dict[str, Callable[[], Run]] = {
         "kd compiled": run(plain, compiled=True),
         "qat compiled": run(ternary, compiled=True),
+        "qat compiled, logit": run(ternary, "logit_gt", compiled=True),
         "kd": run(plain),
         "qat": run(ternary),
         "qat, logit": run(ternary, "logit_gt"),
@@ -169,7 +170,12 @@ def main() -> None:
             torch.cuda.empty_cache()
             write_json(ROOT / "benchmarks" / "results" / f"qat_step_{machine}.json", record)
     Console(width=100).print(table)
-    pairs = (("qat compiled", "kd compiled"), ("qat", "kd"), ("qat", "qat, logit"))
+    pairs = (
+        ("qat compiled", "kd compiled"),
+        ("qat compiled", "qat compiled, logit"),
+        ("qat", "kd"),
+        ("qat", "qat, logit"),
+    )
     for ours, base in pairs:
         found = [record["rows"].get(k, {}).get("ms") for k in (ours, base)]
         if all(found):

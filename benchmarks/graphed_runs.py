@@ -196,7 +196,7 @@ def run_together(
 
     Args:
         score: gives a model's result on the validation set.
-        seconds: from now; at step 100 and every 500 the last graphs are given up until the others fit into it.
+        seconds: from now; after 100 steps the last graphs are given up until the others fit into it.
 
     Returns:
         The results of the runs that were not given up, runs of one graph side by side.
@@ -211,24 +211,19 @@ def run_together(
     steps, count = plans[0].steps, len(plans)
     every = -(-steps // plans[0].evaluations)
     begun = time.perf_counter()
-    since = (begun, 0)  # time and step of the last look at the pace
     for step in range(1, steps + 1):
         for group in groups:
             group.advance()
         evaluated = step % every == 0 or step == steps
         if cuda and (step % 25 == 0 or evaluated):  # keep the queue short; the groups have streams of their own
             torch.cuda.synchronize()
-        if step < steps and (step == 100 or step % 500 == 0):
-            now = time.perf_counter()
-            pace = (now - since[0]) / (step - since[1])
-            since = (now, step)
-            kept = int(min(len(groups), len(groups) * (seconds - (now - start)) / (pace * (steps - step))))
-            if step == 100 or kept < len(groups):
-                say(f"step {step}: {count / pace:.0f} steps/s; {kept} of {len(groups)} graphs go on")
+        if step == 100:
+            pace = (time.perf_counter() - begun) / 100
+            left = seconds - (time.perf_counter() - start)
+            kept = max(1, int(min(len(groups), len(groups) * left / (pace * 1.05 * max(steps - 100, 1)))))
+            say(f"{count / pace:.0f} steps/s; {kept} of {len(groups)} graphs go on")
             groups = groups[:kept]
             count = sum(len(group.results) for group in groups)
-            if not groups:
-                return []
         if evaluated:
             for group in groups:
                 group.write_log((step - 1) // every * every)

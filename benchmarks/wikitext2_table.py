@@ -212,8 +212,6 @@ def graphed(bench: Bench, teacher: Path) -> None:
         results = run_together(wave, models, bench.quick, bench.say, left)
         for result in results:
             _keep(bench, models, result, *places[result.plan.name])
-        if not results:
-            break
         plans = [p for p in plans if p not in [r.plan for r in results]]
         pace = (time.perf_counter() - begun) / len(results) / wave[0].steps
         torch.cuda.empty_cache()
