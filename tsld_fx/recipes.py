@@ -138,6 +138,8 @@ def train(
         "teacher": evaluate(teacher.to(device), text, quiet),
         "ptq": evaluate(student.to(device), text, quiet),
     }
+    if arguments.bf16:  # autocast reads it in bfloat16 anyway; half the memory
+        teacher = teacher.to(torch.bfloat16)
     trainer = TSLDTrainer(
         model=student,
         teacher=teacher,

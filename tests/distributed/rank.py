@@ -50,7 +50,7 @@ def run(case: dict[str, Any]) -> None:
         one.train()
         finish(folder, one.model, recorder)
         return
-    ranks = Ranks.start(use_cpu=True)
+    ranks = Ranks.start(given["args"].use_cpu)
     trainer = DistributedTrainer(**given, parallel=ParallelConfig(**case["parallel"]), ranks=ranks)
     if "breaks" in case and ranks.rank == ranks.world_size - 1:
         break_at(trainer, **case["breaks"])
@@ -78,7 +78,7 @@ def break_at(trainer: DistributedTrainer, step: int, how: str) -> None:
 
 
 def finish(folder: Path, model: torch.nn.Module, recorder: Recorder) -> None:
-    torch.save(model.state_dict(), folder / "weights.pt")
+    torch.save({n: v.cpu() for n, v in model.state_dict().items()}, folder / "weights.pt")
     keys = ("step", "loss", "loss_tsld", "grad_norm", "learning_rate")
     lines = [{k: line[k] for k in keys if k in line} for line in recorder.lines if "loss" in line]
     write_json(folder / "lines.json", lines)

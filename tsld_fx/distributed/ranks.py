@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -112,18 +113,50 @@ class Ranks:
         """Turn a failure inside collective work into one error everywhere.
 
         The process that fails leaves its message in the store and closes its connections, which wakes the others.
+        What goes wrong elsewhere afterwards is a consequence, and told as that message.
         """
         try:
-            yield
+            with self._listening():
+                yield
         except Exception as error:
             if getattr(error, "agreed", False):
                 raise
-            if _lost_connection(error):
+            if _lost_connection(error) or self._has_message():
                 raise self._peer_error() from None
             self._leave_message(error)
             if isinstance(error, TsldError):
                 raise
             raise TrainingError(f"process {self.rank}: {type(error).__name__}: {_first_line(error)}") from error
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """On GPUs: end collectives that wait for a process which has failed. NCCL itself would wait for minutes."""
+        if self.device.type != "cuda" or self.world_size == 1:
+            yield
+            return
+        store, done = self._store.clone(), threading.Event()
+
+        def listen() -> None:
+            while not done.wait(1.0):
+                with contextlib.suppress(Exception):  # the store went with its process
+                    if store.check([_FAILED]):
+                        if not done.wait(2.0):
+                            _abort_collectives()
+                        return
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            done.set()
+            listener.join()
+
+    def _has_message(self) -> bool:
+        """Whether another process has left its error."""
+        with contextlib.suppress(Exception):
+            return bool(self._store.check([_FAILED]))
+        return False
 
     def _peer_error(self) -> TrainingError:
         """The error of the process that failed first, from the store."""
@@ -139,10 +172,9 @@ class Ranks:
         """Put the cause where the other processes look for it."""
         with contextlib.suppress(Exception):
             self._store.set(_FAILED, f"process {self.rank}: {_text(error)}")
+        if self.device.type == "cuda":
+            _abort_collectives()
         with contextlib.suppress(Exception):  # close the connections, which wakes the others
-            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-            if abort is not None and self.device.type == "cuda":
-                abort()
             dist.destroy_process_group()
 
     def barrier(self) -> None:
@@ -153,6 +185,13 @@ class Ranks:
         """Leave the processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _abort_collectives() -> None:
+    """Let NCCL's kernels of this process end; whoever waits for one goes on and fails at the next."""
+    for group in list(dist.distributed_c10d._world.pg_names):
+        with contextlib.suppress(Exception):  # a group without NCCL
+            group._get_backend(torch.device("cuda")).abort()
 
 
 def _text(error: Exception) -> str:
