@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_ranks import CASES, KEEP, NAN, fsdp, pipeline, same
+from tests.distributed.test_runs import told_once
 from tests.tiny_runs import read_json
 from tsld_fx.runs import last_whole_checkpoint
 
@@ -48,3 +49,11 @@ def test_failure_of_one_process_reaches_the_other(tmp_path: Path, mode: str, how
     assert all(cause in t["text"] for t in told)
     assert sorted(t["kind"] for t in told) == ["PeerError", "TrainingError"]
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("breaks", "cause"),
+    [("nan", "training stopped at step 3: the loss of process 1 is nan"), ("raise", "process 1: RuntimeError: out of")],
+)
+def test_failure_of_one_data_parallel_process_is_told_once(tmp_path: Path, breaks: str, cause: str) -> None:
+    told_once(tmp_path, breaks, cause, use_cpu=False)
