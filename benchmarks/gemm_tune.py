@@ -29,7 +29,7 @@ from tsld_fx.codegen.select_config import Plan, resident_blocks
 from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 def mma_candidates(m: int) -> list[GemmConfig]:
@@ -66,7 +66,7 @@ def cluster_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
 
 def wgmma_candidates(m: int) -> list[GemmConfig]:
     found = []
-    for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
+    for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 5, 6, 8)):
         if rt * tokens > 256 or tokens >= 2 * max(m, 16) or (m >= 4 * tokens and tokens < 128):
             continue
         found.append(GemmConfig(tokens, 4 * groups, 1, 1, rt, stages, "wgmma"))

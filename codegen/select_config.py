@@ -84,6 +84,8 @@ _MMA = {
     128: GemmConfig(tokens=128, warps_n=4, warps_m=2, warps_k=1, row_tiles=2, stages=4),
 }
 _WGMMA = {
+    16: GemmConfig(tokens=16, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=6, kernel="wgmma"),
+    32: GemmConfig(tokens=32, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=6, kernel="wgmma"),
     64: GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
     256: GemmConfig(tokens=128, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
     1 << 31: GemmConfig(tokens=128, warps_n=8, warps_m=1, warps_k=1, row_tiles=2, stages=4, kernel="wgmma"),
@@ -167,7 +169,7 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
         plan = Plan(config)  # a block keeps all of x in shared memory: too much for large K
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
             return plan
-    table = _WGMMA_NARROW if spec.quantised else _WGMMA if spec.hopper and m > 32 else _MMA
+    table = _WGMMA_NARROW if spec.quantised else _WGMMA if spec.hopper and m > max(_STREAM) else _MMA
     if m > 64 and not spec.hopper and _TILE[256].serves(spec):
         table = _TILE
     config = table[min((t for t in table if t >= m), default=max(table))]

@@ -117,6 +117,7 @@ class NarrowGemm : WgmmaGemm<C> {
   // ---- products ----
 
   __device__ __forceinline__ void produce() const {
+    if (lane_ == 0) prefetch_map(Base::x_map_);
     Ring ring;
     const Work first = work(blockIdx.x);
     const int ahead = min(C::kStages, p_.chunks);

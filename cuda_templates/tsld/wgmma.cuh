@@ -176,6 +176,10 @@ struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
+// The description of a tensor is fetched before the first copy needs it.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 __device__ __forceinline__ void copy_tensor(u32 dst, const TensorMap* map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
       ::"r"(dst), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");

@@ -37,7 +37,10 @@ struct WgmmaConfig {
   using Meta = MetaLayout<kBits, kGroup>;
   static constexpr int kPanelBytes = kTokens * 128;           // 64 inputs of every token, 128 of 8-bit types
   static constexpr int kXBytes = Type::kBytes * kPanelBytes;
-  static constexpr int kSteps = 2 * Type::kBytes;             // matrix instructions per batch of 64 inputs
+  // The inputs of a chunk are multiplied in batches, of which all but one may be under way: dequantising one takes about
+  // as long as multiplying 64 inputs with few tokens, so that two batches alone would leave the tensor cores idle.
+  static constexpr int kBatches = kBits == 2 && Type::kBytes == 2 && (kGroup == 0 || kGroup == 128) && kTokens <= 64 ? 4 : 2;
+  static constexpr int kSteps = 4 * Type::kBytes / kBatches;  // matrix instructions per batch
   static constexpr int kWeightBytes = kBlockTiles * Weights::kBytes;
   // Ternary groups of 128 have one scale per row and chunk: consumers read these themselves, a chunk ahead.
   static constexpr bool kOwnScales = kBits == 2 && kGroup == 128;
