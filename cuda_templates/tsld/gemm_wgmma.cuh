@@ -19,7 +19,6 @@ namespace tsld {
 
 template <class C>
 class WgmmaGemm {
- protected:
   using T = typename C::Type;
   using Sum = typename T::Sum;
   using Weights = typename C::Weights;
@@ -61,7 +60,7 @@ class WgmmaGemm {
     }
   }
 
- protected:
+ private:
   // One output tile and one split of its inputs. Neighbours in time share tokens, so that x stays in L2.
   struct Work {
     int row_block, token_block, split, first_chunk, chunks;
@@ -150,7 +149,7 @@ class WgmmaGemm {
       multiply(acc, w, ring);
       if (!waited) wait_for_previous_kernel();  // before anything is written
       waited = true;
-      if (!C::kSplitsK || splits_ == 1 || add_splits(acc, w)) output.store(acc);
+      if (splits_ == 1 || add_splits(acc, w)) output.store(acc);
     }
   }
 

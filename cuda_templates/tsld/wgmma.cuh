@@ -189,13 +189,4 @@ __device__ __forceinline__ void copy_bytes(u32 dst, const void* src, int bytes, 
       ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// What generic stores wrote is seen by tensor copies that are issued later.
-__device__ __forceinline__ void fence_generic_to_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-__device__ __forceinline__ int load_acquire(const int* p) {
-  int v;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
-}
-
 }  // namespace tsld

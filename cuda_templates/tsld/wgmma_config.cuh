@@ -1,4 +1,4 @@
-// Tile shapes and shared memory of the kernels for many tokens on Hopper (gemm_wgmma.cuh, gemm_narrow.cuh).
+// Tile shapes and shared memory of the kernels for many tokens on Hopper (gemm_wgmma.cuh).
 #pragma once
 
 #include "tsld/layout.cuh"
@@ -12,7 +12,6 @@ struct WgmmaConfig {
   static_assert(Type::kBytes == 2 || (kBits_ == 2 && kGroup_ == 0), "8-bit activations: ternary, one scale per row");
   static constexpr int kBits = kBits_, kGroup = kGroup_, kStages = kStages_, kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;                    // consumer warp groups
-  static constexpr bool kSplitsK = true;
   static constexpr int kRowTiles = kRowTiles_;                // 64-row tiles per warp group, a 16-row tile per warp
   static constexpr int kWarps = 4 * kGroups;
   static constexpr int kTokenTiles = kTokens / 8;

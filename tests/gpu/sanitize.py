@@ -43,8 +43,7 @@ WGMMA = [
     Plan(GemmConfig(128, 8, 1, 1, 1, 3, "wgmma"), 2),
 ]
 CLUSTER = [Plan(GemmConfig(16, 1, 1, 16, 2, 3, "cluster"), 2), Plan(GemmConfig(32, 1, 1, 8, 1, 4, "cluster"), 1)]
-NARROW = [
-    Plan(GemmConfig(256, 8, 1, 1, 1, 4, "narrow"), 1),
+QUANTISED = [
     Plan(GemmConfig(64, 4, 1, 1, 1, 4, "wgmma"), 2),
     Plan(GemmConfig(256, 8, 1, 1, 1, 3, "wgmma"), 1),
 ]
@@ -65,7 +64,7 @@ def cases(wgmma: bool) -> Iterator[Case]:
             m = plan.config.tokens + (5 if plan.config.tokens > 8 else 0)  # one staged token serves one token only
             yield layer, m, plan, None, target
         if bits == 2 and not group and asynchronous:
-            for plan in NARROW:
+            for plan in QUANTISED:
                 for kind in ("int8", "fp8"):
                     yield layer, plan.config.tokens + 7, plan, kind, None
 
