@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.captures import remember_captures
 from tests.models import build
 from tests.tiny_runs import Recorder, arguments, random_rows
 from tsld_fx import DistillConfig, PreparedModel, TSLDTrainer, prepare
@@ -100,4 +101,5 @@ def run_all(cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    remember_captures()
     run_all(json.loads(sys.argv[1]))
