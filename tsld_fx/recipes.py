@@ -89,7 +89,7 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     record = {"command": "finetune", "patience": patience, **settings.to_dict()}
     folder = ranks.agree(lambda: RunFolder(out, record))
     if (done := ranks.agree(folder.result)) is not None:
-        return done
+        return done if is_first() else {}
 
     def load() -> tuple[Any, ...]:
         arguments = training_arguments(settings, folder, by_epoch=True)
@@ -102,6 +102,7 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     arguments, model, tokenizer, text = ranks.agree(load)
     if is_first():
         folder.begin()
+    quiet = quiet or not is_first()
     before = evaluate(model, text, quiet)
     trainer = WholeCheckpointTrainer(
         model=model,
@@ -138,7 +139,7 @@ def train(
     ranks = join(bool(settings.training.get("use_cpu", False)))
     folder = ranks.agree(lambda: RunFolder(out, {"command": "train", **settings.to_dict()}))
     if (done := ranks.agree(folder.result)) is not None:
-        return done
+        return done if is_first() else {}
     quiet = quiet or not is_first()
     arguments, student, teacher, text, tokenizer = ranks.agree(lambda: load_run(settings, folder))
     if is_first():
@@ -193,7 +194,7 @@ def _run(
     Of several processes the first one writes; the others return {}.
     """
     resume = folder.resume_point()
-    if resume:
+    if resume and is_first():
         logger.warning("resuming from %s", resume)
     start = time.perf_counter()
     bar = RichProgress("training", quiet).install(trainer)

@@ -69,7 +69,8 @@ def finetune(
 
     data = {"train": train, "validation": validation, "test": test, "block_size": block_size}
     settings = _settings(config, model, data, _training(epochs, steps, batch_size, learning_rate))
-    _show_result(recipes.finetune(settings, out, patience=patience), out)
+    if result := recipes.finetune(settings, out, patience=patience):  # under torchrun one process has it
+        _show_result(result, out)
 
 
 @app.command()
