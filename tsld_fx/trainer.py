@@ -21,7 +21,8 @@ from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import HeadlessModel, without_head
 from tsld_fx.lean_trainer import LeanTrainer, check_sharding
 from tsld_fx.preparation import graph_model
-from tsld_fx.prepared import PreparedModel, PreparedOutput
+from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_state import PreparedOutput
 from tsld_fx.teacher_cache import TOP, TeacherCache
 from tsld_fx.teacher_checks import check_teacher
 from tsld_fx.top_logits import TopLogits, top_of_head
