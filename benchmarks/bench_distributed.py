@@ -20,7 +20,6 @@ Writes benchmarks/results/distributed_<shape>_<processes>.json, or --out.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,67 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distill_models import SEQUENCES, SHAPES, TOKENS, Models, wait_for
 from machine import ROOT, describe
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tsld_fx import DistillConfig, PreparedModel, prepare
+from tsld_fx import DistillConfig
 from tsld_fx.distributed.config import SCHEDULES
-from tsld_fx.distributed.data import Batch, to_device
-from tsld_fx.distributed.engine import put_parameter
+from tsld_fx.distributed.data import to_device
 from tsld_fx.distributed.fsdp import FsdpEngine
 from tsld_fx.distributed.objective import fused_objective, head_loss
 from tsld_fx.distributed.pipeline import PipelineEngine
 from tsld_fx.distributed.ranks import Ranks
-from tsld_fx.preparation import graph_model
 from tsld_fx.runs import write_json
-
-SHAPES = {"7b": (4096, 11008, 32, 32, 32000), "1b": (2048, 5504, 16, 16, 32000), "tiny": (64, 96, 4, 4, 256)}
-TOKENS, SEQUENCES = 512, 4
-
-
-class Models:
-    """A student and a teacher that are filled again for every case; their graphs are captured once."""
-
-    def __init__(self, shape: str, ranks: Ranks) -> None:
-        self.ranks = ranks
-        hidden, inner, layers, heads, vocabulary = SHAPES[shape]
-        config = LlamaConfig(
-            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=2048,
-        )  # fmt: skip
-        start = time.perf_counter()
-        with ranks.device:
-            self.student: PreparedModel = prepare(LlamaForCausalLM(config))
-            self.teacher: PreparedModel = graph_model(LlamaForCausalLM(config).to(torch.bfloat16), None, ())
-        self.seconds = time.perf_counter() - start
-        self.shapes = {n: p.shape for n, p in self.student.named_parameters()}
-        self.parameters = sum(p.numel() for p in self.student.parameters())
-        self.vocabulary = vocabulary
-        self.left = 0.0  # gigabytes that the case before could not give back
-
-    def fill(self, recompute: bool = True) -> None:
-        """Whole random weights on this device, and no trace of the last case."""
-        for model in (self.student, self.teacher):
-            model.gradient_checkpointing_disable()
-            model.forget_views()  # and with them the shards of the last case
-            for name in self.shapes:
-                put_parameter(model, name, torch.nn.Parameter(torch.empty(0)))
-        gc.collect()
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-            self.left = torch.cuda.memory_allocated() / 1e9
-        for model, dtype in ((self.student, torch.float32), (self.teacher, torch.bfloat16)):
-            for name, shape in self.shapes.items():
-                value = torch.empty(shape, dtype=dtype, device=self.ranks.device).normal_(std=0.02)
-                put_parameter(model, name, torch.nn.Parameter(value, requires_grad=dtype == torch.float32))
-        if recompute:
-            self.student.gradient_checkpointing_enable()
-
-    def batches(self, count: int) -> list[Batch]:
-        ids = torch.randint(0, self.vocabulary, (count, SEQUENCES, TOKENS))
-        return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i} for i in ids]
 
 
 def adamw(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> torch.optim.AdamW:
@@ -211,11 +162,14 @@ def pipeline(
         optimizer.step()
 
     seconds = seconds_of(step, ranks, repeats)
-    busy, runs = Busy(engine), []
+    busy, runs, teaching = Busy(engine), [], []
     for _ in range(repeats):
         engine.zero_grad()
+        ranks.barrier()
+        begin = time.perf_counter()
         engine.teach(batches)
         _wait(ranks)
+        teaching.append(time.perf_counter() - begin)
         ranks.barrier()
         start = busy.now()
         engine.run_schedule()
@@ -231,6 +185,8 @@ def pipeline(
         "step_seconds": seconds,
         "tokens": SEQUENCES * TOKENS * count,
         "micro_batches": count,
+        "teacher_seconds": statistics.median(teaching),
+        "schedule_seconds": statistics.median(run["wall"] for run in runs),
         "schedule_runs": runs,
         "bubble_share": statistics.median(shares),
         "bubble_share_of_equal_stages": (ranks.world_size - 1) / (ranks.world_size - 1 + chunks * count),
@@ -245,31 +201,37 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, help="Of a pipeline's step; default four per process.")
     parser.add_argument("--cases", nargs="*", help="Only these.")
+    parser.add_argument("--start-after", type=Path, help="Capture the models, then wait until this file is there.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     ranks = Ranks.start(args.cpu)
     torch.manual_seed(ranks.rank)
-    models, world = Models(args.shape, ranks), ranks.world_size
+    models, world = Models(args.shape, ranks.device), ranks.world_size
+    wait_for(args.start_after)
     count = args.micro_batches or 4 * world
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "one GPU": lambda: one_gpu(models, ranks, args.repeats),
-        "fsdp, float32 gathers": lambda: fsdp(models, ranks, args.repeats, "float32"),
         "1f1b": lambda: pipeline(models, ranks, args.repeats, "1f1b", count),
+        "fsdp, float32 gathers": lambda: fsdp(models, ranks, args.repeats, "float32"),
+        "zero_bubble, activations kept": lambda: pipeline(models, ranks, args.repeats, "zero_bubble", count, False),
         "interleaved_1f1b": lambda: pipeline(models, ranks, args.repeats, "interleaved_1f1b", count),
         "fsdp, bfloat16 gathers": lambda: fsdp(models, ranks, args.repeats, "bfloat16"),
         "1f1b, activations kept": lambda: pipeline(models, ranks, args.repeats, "1f1b", count, False),
-        "zero_bubble, activations kept": lambda: pipeline(models, ranks, args.repeats, "zero_bubble", count, False),
     }
     result: dict[str, Any] = {
         "machine": describe(), "shape": args.shape, "parameters": models.parameters, "processes": world,
-        "micro_batch": [SEQUENCES, TOKENS], "seconds_to_build_and_prepare": models.seconds, "cases": {},
+        "micro_batch": [SEQUENCES, TOKENS], "seconds_to_prepare": models.seconds, "cases": {},
     }  # fmt: skip
     out = args.out or ROOT / "benchmarks" / "results" / f"distributed_{args.shape}_{world}.json"
     for name, case in cases.items():
         if args.cases and name not in args.cases:
             continue
         start = time.perf_counter()
-        found = case()
+        try:
+            found = case()
+        except torch.OutOfMemoryError as error:  # on every process, as they hold the same: the next case may fit
+            result["cases"][name] = {"failed": str(error)[:200]}
+            continue
         cuda = ranks.device.type == "cuda"
         peaks = ranks.gather(torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0)
         found |= {"tokens_per_second": found["tokens"] / found["step_seconds"], "peak_gigabytes": peaks}
@@ -287,6 +249,9 @@ def show(result: dict[str, Any]) -> None:
     title = f"LLaMA {result['shape']}, {result['parameters'] / 1e9:.2f}B parameters, {result['processes']} processes"
     table = Table("case", "tokens/s", "step s", "peak GB per device", "bubble (equal stages)", title=title)
     for name, case in result["cases"].items():
+        if "failed" in case:
+            table.add_row(name, "out of memory")
+            continue
         peaks = ", ".join(f"{p:.1f}" for p in case["peak_gigabytes"])
         bubble = ""
         if "bubble_share" in case:

@@ -29,7 +29,7 @@ from tsld_fx.codegen.select_config import Plan, resident_blocks
 from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
-SPLITS = (1, 2, 3, 4, 6, 8)
+SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 def mma_candidates(m: int) -> list[GemmConfig]:
@@ -66,7 +66,7 @@ def cluster_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
 
 def wgmma_candidates(m: int) -> list[GemmConfig]:
     found = []
-    for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 6)):
+    for tokens, groups, rt, stages in itertools.product((16, 32, 64, 128, 256), (1, 2), (1, 2), (3, 4, 5, 6, 8)):
         if rt * tokens > 256 or tokens >= 2 * max(m, 16) or (m >= 4 * tokens and tokens < 128):
             continue
         found.append(GemmConfig(tokens, 4 * groups, 1, 1, rt, stages, "wgmma"))
@@ -83,10 +83,6 @@ def tile_candidates(m: int) -> list[GemmConfig]:
     return found
 
 
-def narrow_candidates() -> list[GemmConfig]:
-    return [GemmConfig(256, 8, 1, 1, 1, stages, "narrow") for stages in (4, 5)]
-
-
 def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[GemmConfig]:
     """Configurations of these kernels that serve `m` tokens and whose names match the regular expression `only`."""
     wanted = kernels.split(",")
@@ -97,8 +93,6 @@ def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[G
         found += mma_candidates(m)
     if "tile" in wanted and not spec.quantised and spec.bits == 2 and not spec.group and m > 32:
         found += tile_candidates(m)
-    if "narrow" in wanted and spec.hopper and spec.quantised and m > 64:
-        found += narrow_candidates()
     if "wgmma" in wanted and spec.hopper and m > 8:
         found += wgmma_candidates(m)
     limit = shared_limit(spec.capability)
@@ -140,9 +134,7 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
         per_split = -(-weights.chunks // splits)
         if splits > 1 and (per_split < config.stage_chunks or -(-weights.chunks // per_split) != splits):
             continue
-        if config.kernel == "narrow":
-            found += [Plan(config)] * (splits == 1)
-        elif config.kernel in ("mma", "tile"):
+        if config.kernel in ("mma", "tile"):
             if splits == 1 or 0.4 * multiprocessors < tiles * splits <= 4.5 * multiprocessors:
                 found.append(Plan(config, splits))
         elif config.walks:
@@ -238,7 +230,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--quantised", choices=("int8", "fp8"), help="round the activations first (timed with it)")
-    parser.add_argument("--kernels", default="stream,cluster,mma,tile,wgmma,narrow")
+    parser.add_argument("--kernels", default="stream,cluster,mma,tile,wgmma")
     parser.add_argument("--only", default="", help="a regular expression: configurations whose names match it")
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")

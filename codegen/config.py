@@ -39,8 +39,7 @@ class GemmConfig:
     stages: buffers of the asynchronous copies.
     kernel: "stream" (few tokens; all warps lie along the inputs), "cluster" (Hopper, ternary, some tens of tokens; the
         blocks that split K form a cluster), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
-        all warps lie along the rows), "tile" (many tokens without Hopper's instructions) or "narrow" (Hopper, very
-        many tokens: rounds x to 8 bits itself).
+        all warps lie along the rows) or "tile" (many tokens without Hopper's instructions).
     digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
     """
 
@@ -50,7 +49,7 @@ class GemmConfig:
     warps_k: int
     row_tiles: int
     stages: int
-    kernel: Literal["stream", "cluster", "mma", "tile", "wgmma", "narrow"] = "mma"
+    kernel: Literal["stream", "cluster", "mma", "tile", "wgmma"] = "mma"
     digits: bool = False
 
     def __post_init__(self) -> None:
@@ -71,8 +70,6 @@ class GemmConfig:
                 f"GemmConfig {self.name}: a {self.kernel} kernel takes 16, 32, 64, 128 or 256 tokens, whole groups of "
                 "four warps along the rows, and at most 512 rows per block."
             )
-        if self.kernel == "narrow" and (self.tokens, self.warps_n, self.row_tiles) != (256, 8, 1):
-            raise BackendError(f"GemmConfig {self.name}: a narrow kernel takes 128 rows and 256 tokens per block.")
 
     @property
     def walks(self) -> bool:
@@ -89,8 +86,6 @@ class GemmConfig:
         if self.clusters and (spec.bits != 2 or spec.group not in (0, 128) or spec.quantised is not None):
             return False
         if self.kernel == "tile" and (spec.bits != 2 or spec.group or spec.quantised is not None):
-            return False
-        if self.kernel == "narrow" and spec.quantised is None:
             return False
         return spec.hopper or not (self.clusters or self.persistent)
 
@@ -112,13 +107,8 @@ class GemmConfig:
 
     @property
     def persistent(self) -> bool:
-        """Whether blocks walk over output tiles, fed by tensor copies (wgmma, narrow)."""
-        return self.kernel in ("wgmma", "narrow")
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the kernel rounds x to 8 bits itself."""
-        return self.kernel == "narrow"
+        """Whether blocks walk over output tiles, fed by tensor copies (wgmma)."""
+        return self.kernel == "wgmma"
 
     def least_blocks(self, spec: KernelSpec) -> int:
         """Blocks that shall fit on one multiprocessor: bounds the registers that the compiler may take."""

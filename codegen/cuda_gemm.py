@@ -16,7 +16,7 @@ from tsld_fx.codegen.compiler import KernelBuildError, find_compiler
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel, tensor_map
 from tsld_fx.codegen.layout import KernelWeights, to_kernel_layout
-from tsld_fx.codegen.quantise import empty_tokens, quantise_tokens
+from tsld_fx.codegen.quantise import quantise_tokens
 from tsld_fx.codegen.render import kernel_name, render
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import Activation, KernelSpec, Quantised
@@ -35,7 +35,7 @@ class GemmParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("partial", "counters")),
         ("ldx", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "row_tiles", "chunks", "chunks_per_split")),
-        *((name, ctypes.c_void_p) for name in ("x_scale", "x_narrow", "norm_weight", "residual", "total")),
+        *((name, ctypes.c_void_p) for name in ("x_scale", "norm_weight", "residual", "total")),
         ("eps", ctypes.c_float),
     ]
 
@@ -229,12 +229,10 @@ class LowBitGemm:
         overlap: bool | None, quantise: Quantised | None,
     ) -> None:  # fmt: skip
         prepared = self._prepare(rows.shape[0], activation, quantise, plan)
-        narrow = scale = None
-        if quantise is not None and prepared.plan.config.rounds:
-            narrow, scale = empty_tokens(rows, self.weights.chunks)
-        elif quantise is not None:
+        scale = None
+        if quantise is not None:
             rows, scale = quantise_tokens(rows, prepared.spec, self.weights.chunks)
-        self._launch(rows, scale, bias, y, prepared, overlap, narrow=narrow)
+        self._launch(rows, scale, bias, y, prepared, overlap)
 
     def _prepare(
         self,
@@ -269,18 +267,16 @@ class LowBitGemm:
     def _launch(
         self, rows: Tensor, x_scale: Tensor | None, bias: Tensor | None, y: Tensor, prepared: _Prepared,
         overlap: bool | None = None, norm: tuple[Tensor, Tensor | None, Tensor | None, float] | None = None,
-        narrow: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Enqueue one kernel; rows [m, k] with 16-byte aligned rows, or quantised ones with their scales [m].
 
-        norm: (weight, residual, where x + residual goes, eps) of kernels that normalise x. narrow: where the kernel
-        itself leaves the quantised rows, and in x_scale their scales.
+        norm: (weight, residual, where x + residual goes, eps) of kernels that normalise x.
         """
         weights, m, plan = self.weights, rows.shape[0], prepared.plan
         stream = torch.cuda.current_stream(self.device).cuda_stream
         partial: Tensor | None = None
         counters: Tensor | None = None
-        if prepared.floats or narrow is not None:
+        if prepared.floats:
             partial, counters = workspace.split_k_buffers(self.device, prepared.floats, stream)
         bias = None if bias is None else bias.contiguous()
         params = GemmParams(
@@ -294,7 +290,6 @@ class LowBitGemm:
             *(m, weights.out_features, weights.in_features, weights.row_tiles, weights.chunks),
             -(-weights.chunks // plan.splits),
             None if x_scale is None else x_scale.data_ptr(),
-            None if narrow is None else narrow.data_ptr(),
             *(None if t is None else t.data_ptr() for t in (norm[:3] if norm else ())),
         )
         if norm:
@@ -302,9 +297,8 @@ class LowBitGemm:
         ensure_context(self.device.index)
         arguments: list[ctypes.Structure] = [params]
         if plan.config.tensor_copies:
-            x = rows if narrow is None else narrow
-            shape = (m, x.shape[1], params.ldx if narrow is None else x.shape[1])
-            arguments.append(tensor_map(x.data_ptr(), x.dtype, *shape, plan.config.tokens))
+            shape = (m, rows.shape[1], params.ldx)
+            arguments.append(tensor_map(rows.data_ptr(), rows.dtype, *shape, plan.config.tokens))
         overlaps = self._overlap and overlap is not False
         cluster = (1, 1, plan.splits) if plan.config.clusters and plan.splits > 1 else None
         prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps, cluster=cluster)

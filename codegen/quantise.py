@@ -32,12 +32,6 @@ def _kernel(spec: KernelSpec, vecs: int, device: int) -> LoadedKernel:
     return load_kernel(binary, quantise_name(spec, vecs), QUANTISE_THREADS)
 
 
-def empty_tokens(rows: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-    """Room for what `quantise_tokens` returns."""
-    values = torch.empty(rows.shape[0], chunks * CHUNK, dtype=torch.uint8, device=rows.device)
-    return values, torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-
-
 def quantise_tokens(rows: Tensor, spec: KernelSpec, chunks: int) -> tuple[Tensor, Tensor]:
     """fp16 or bf16 [m, k], 16-byte aligned rows -> (8-bit values as uint8 [m, 128 * chunks], scales float32 [m]).
 
@@ -46,7 +40,8 @@ def quantise_tokens(rows: Tensor, spec: KernelSpec, chunks: int) -> tuple[Tensor
     stream of the rows' device.
     """
     m, k = rows.shape
-    values, scales = empty_tokens(rows, chunks)
+    values = torch.empty(m, chunks * CHUNK, dtype=torch.uint8, device=rows.device)
+    scales = torch.empty(m, dtype=torch.float32, device=rows.device)
     kernel = _kernel(spec, quantise_vecs(chunks), rows.device.index)
     ldx = rows.stride(0) if m > 1 else -(-k // 8) * 8
     params = QuantiseParams(rows.data_ptr(), values.data_ptr(), scales.data_ptr(), ldx, values.shape[1], m, k)

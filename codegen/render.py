@@ -50,11 +50,10 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         entry, shape = config.kernel.title(), [config.tokens, config.warps_n // 4, config.row_tiles]
     activation = f"tsld::{_TYPES[spec.activation]}"
     if spec.quantised:
-        if entry not in ("Wgmma", "Narrow"):
+        if entry != "Wgmma":
             raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
         activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
-    weights = [] if entry == "Narrow" else [spec.bits, spec.group]
-    arguments = [activation, *weights, *shape, config.stages]
+    arguments = [activation, spec.bits, spec.group, *shape, config.stages]
     if config.digits and (spec.bits != 2 or spec.group):
         raise BackendError(f"{config.name} takes ternary weights with one scale per row, not {spec}.")
     if spec.norm or spec.gated or config.digits:

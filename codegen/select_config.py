@@ -17,7 +17,6 @@ from tsld_fx.errors import BackendError
 _TUNED = Path(__file__).resolve().parent / "tuned"
 _NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
 _MAX_SPLITS = 16
-_MOST_NARROW = 1 << 17  # tokens: a narrow kernel has a counter for every 256 of them
 _BLOCK_MEMORY = 1024  # bytes of shared memory that the system takes of every block
 
 
@@ -84,11 +83,13 @@ _MMA = {
     128: GemmConfig(tokens=128, warps_n=4, warps_m=2, warps_k=1, row_tiles=2, stages=4),
 }
 _WGMMA = {
+    16: GemmConfig(tokens=16, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=6, kernel="wgmma"),
+    32: GemmConfig(tokens=32, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=6, kernel="wgmma"),
     64: GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
     256: GemmConfig(tokens=128, warps_n=4, warps_m=1, warps_k=1, row_tiles=1, stages=4, kernel="wgmma"),
     1 << 31: GemmConfig(tokens=128, warps_n=8, warps_m=1, warps_k=1, row_tiles=2, stages=4, kernel="wgmma"),
 }
-_WGMMA_NARROW = {**_WGMMA, 1 << 31: GemmConfig(256, 8, 1, 1, 1, 4, "wgmma")}  # 8-bit activations
+_WGMMA_QUANTISED = {**_WGMMA, 1 << 31: GemmConfig(256, 8, 1, 1, 1, 4, "wgmma")}  # 8-bit activations
 _TILE = {  # ternary weights with one scale per row, without Hopper's instructions
     256: GemmConfig(tokens=64, warps_n=4, warps_m=1, warps_k=1, row_tiles=2, stages=5, kernel="tile"),
     1 << 31: GemmConfig(tokens=128, warps_n=4, warps_m=2, warps_k=1, row_tiles=4, stages=6, kernel="tile"),
@@ -111,11 +112,6 @@ def _kind(entry: dict[str, Any]) -> tuple[int, bool, str | None]:
     return int(entry["bits"]), bool(entry["group"]), entry.get("quantised")
 
 
-def _serves(config: GemmConfig, spec: KernelSpec, m: int) -> bool:
-    """Whether there is such a kernel for these weights and so many tokens."""
-    return config.serves(spec) and (config.kernel != "narrow" or m <= _MOST_NARROW)
-
-
 def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> list[Plan]:
     """Entries that serve this M, kind of weights and kind of scale and are near in N and K, the nearest first."""
 
@@ -125,7 +121,7 @@ def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> list[Plan]:
     serving = [
         e
         for e in tuned_table(spec.capability)
-        if e["m_min"] <= m <= e["m_max"] and _serves(GemmConfig(**e["config"]), spec, m)
+        if e["m_min"] <= m <= e["m_max"] and GemmConfig(**e["config"]).serves(spec)
     ]
     kinds = [(spec.bits, bool(spec.group), spec.quantised)]
     if spec.quantised is None:
@@ -167,7 +163,7 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
         plan = Plan(config)  # a block keeps all of x in shared memory: too much for large K
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= limit:
             return plan
-    table = _WGMMA_NARROW if spec.quantised else _WGMMA if spec.hopper and m > 32 else _MMA
+    table = _WGMMA_QUANTISED if spec.quantised else _WGMMA if spec.hopper and m > max(_STREAM) else _MMA
     if m > 64 and not spec.hopper and _TILE[256].serves(spec):
         table = _TILE
     config = table[min((t for t in table if t >= m), default=max(table))]

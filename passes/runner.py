@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 import os
@@ -40,7 +41,8 @@ class PassTrace:
 
 def op_counts(graph: fx.Graph) -> Counter[str]:
     """Operator name -> number of calls in the graph."""
-    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+    targets = (node.target for node in graph.nodes if node.op == "call_function")
+    return Counter(target.__name__ if inspect.isbuiltin(target) else str(target) for target in targets)
 
 
 def run_passes(

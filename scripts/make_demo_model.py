@@ -15,49 +15,25 @@ docstrings, trains on the same data. `--smoke` runs everything in a minute on a 
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from demo_model_data import (
+    Splits,
+    encode,
+    load_tokenizer,
+    make_tokenizer,
+    read_books,
+    read_splits,
+    read_tokens,
+    whole_files,
+)
+from demo_model_training import WINDOW, Recipe, Stepper, build_model, evaluate, load_checkpoint, save_checkpoint
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-END = "<|endoftext|>"  # id 0: before, between and after documents
-VOCABULARY = 2048
-WINDOW = 512  # tokens of context in training
-Splits = dict[str, dict[str, str]]  # split -> document name -> text
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: AdamW on random windows, with warm-up and a cosine to zero."""
-
-    rate: float
-    batch: int = 32  # windows per step
-    epochs: int = 0  # 0: until the time is over
-    dropout: float = 0.0  # on the embedding and on what each attention and MLP block adds
-    decay: float = 0.1
-    warmup: float = 0.02  # share of the run
-
-    def rate_at(self, done: float) -> float:
-        """Learning rate when the share `done` (0 to 1) of the run is over."""
-        return self.rate * min(done / self.warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * done))
-
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 PRETRAINING = Recipe(rate=3e-3, batch=64)
 FINETUNINGS = (
@@ -88,6 +64,9 @@ def main() -> None:
     add("--smoke", action="store_true", help="a few steps of everything")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
+    read_before = args.tokens is not None and args.tokens.exists()
+    if args.corpus is None and ("tokenizer" in args.stages or ("pretrain" in args.stages and not read_before)):
+        parser.error("--corpus is needed: text (or text.xz) of books separated by <|endoftext|>")
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.cuda_graph &= args.device.type == "cuda"
     torch.manual_seed(args.seed)
@@ -98,200 +77,6 @@ def main() -> None:
         pretrain(args)
     if "finetune" in args.stages:
         finetune(args, splits)
-
-
-# --- data
-
-
-def read_splits(path: Path | None) -> Splits:
-    """The demo's documents by split; from `path` if it exists, else from this Python's library."""
-    if path and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    from tsld_fx.demo.text import load_splits
-
-    splits = {split: {d.name: d.text for d in documents} for split, documents in load_splits().items()}
-    if path:
-        path.write_text(json.dumps(splits, ensure_ascii=False, indent=0), encoding="utf-8")
-    return splits
-
-
-def read_books(corpus: Path) -> list[str]:
-    with (lzma.open if corpus.suffix == ".xz" else open)(corpus, "rt", encoding="utf-8") as file:
-        return [book.strip() for book in file.read().split(END)]
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """(n,) int64: END before each text and after the last."""
-    ids = chain.from_iterable([0, *encoding.ids] for encoding in tokenizer.encode_batch_fast(texts))
-    return np.fromiter(chain(ids, [0]), dtype=np.int64)
-
-
-def read_tokens(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The novels as (n,) int64 on the device, and the last one, held out, as (m,) int64."""
-    if args.tokens and args.tokens.exists():
-        stored = np.load(args.tokens)
-        train, held_out = stored["train"], stored["held_out"]
-    else:
-        tokenizer, books = load_tokenizer(args.out), read_books(args.corpus)
-        train, held_out = (encode(tokenizer, part).astype(np.uint16) for part in (books[:-1], books[-1:]))
-        if args.tokens:
-            np.savez_compressed(args.tokens, train=train, held_out=held_out)
-    print(f"novels: {len(train):,} tokens, and {len(held_out):,} held out", flush=True)
-    train, held_out = (torch.from_numpy(part.astype(np.int64)).to(args.device) for part in (train, held_out))
-    return train, held_out
-
-
-@contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
-    """A scratch folder; what it holds at the end moves into `folder`, each file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
-        yield Path(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            path.chmod(0o644)
-            os.replace(path, folder / path.name)
-
-
-# --- tokenizer
-
-
-def make_tokenizer(out: Path, documents: dict[str, str], books: list[str]) -> None:
-    """Trains on all train documents and, from the middle of each book, 40 % as many characters in all."""
-    share = int(0.4 * sum(map(len, documents.values())) / len(books))
-    slices = [book[len(book) // 2 :][:share] for book in books]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([*documents.values(), *slices], trainer)
-    settings = {
-        "backend": "tokenizers",
-        "bos_token": END,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": END,
-        "model_max_length": 512,
-        "tokenizer_class": "TokenizersBackend",
-    }
-    with whole_files(out) as scratch:
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        (scratch / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for name, text in (("documents", "\n".join(documents.values())), ("novels", "\n".join(slices))):
-        ids = tokenizer.encode(text).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text, name
-        print(f"tokenizer: {len(text.encode()) / len(ids):.2f} bytes per token of {name}", flush=True)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-# --- training
-
-
-def build_model(device: torch.device) -> LlamaForCausalLM:
-    """3,475,712 parameters in fp32; the embedding is also the output layer."""
-    # An attention of this name is given no mask. For others transformers looks whether they need one, and so
-    # waits for the device, which a CUDA graph cannot do.
-    AttentionInterface.register("plain_causal", sdpa_attention_forward)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="plain_causal",
-    )
-    return LlamaForCausalLM(config).to(device)
-
-
-class Stepper:
-    """One optimizer step on random windows of `data` (n,), replayed as a CUDA graph on a GPU: a model so
-    small would otherwise wait for the launches of its kernels."""
-
-    def __init__(self, model: LlamaForCausalLM, data: Tensor, recipe: Recipe, cuda_graph: bool) -> None:
-        self.model, self.data, self.recipe = model.train(), data, recipe
-        self.rate = torch.zeros((), device=data.device)
-        matrices = {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.decay}
-        vectors = {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW(
-            [matrices, vectors], lr=self.rate, betas=(0.9, 0.95), fused=True, capturable=data.is_cuda
-        )
-        self.run: Callable[[], None] = self._step
-        if cuda_graph:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):  # at rate 0: allocates, changes no weight
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
-            self.optimizer.zero_grad(set_to_none=True)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self.run = graph.replay
-
-    def _step(self) -> None:
-        starts = torch.randint(len(self.data) - WINDOW, (self.recipe.batch, 1), device=self.data.device)
-        windows = self.data[starts + torch.arange(WINDOW + 1, device=self.data.device)]
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.data.device.type, dtype=torch.bfloat16, cache_enabled=False):
-            logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.loss = loss.detach()
-
-    def train(self, done: Callable[[int], float], every: int, report: Callable[[int], None]) -> None:
-        """Steps until `done(step)` reaches 1; calls `report(step)` every `every` steps and at the end."""
-        step = 0
-        while (share := done(step)) < 1:
-            self.rate.fill_(self.recipe.rate_at(share))
-            self.run()
-            step += 1
-            if step % every == 0:
-                report(step)
-            elif step % 20 == 0 and self.data.is_cuda:
-                torch.cuda.synchronize()  # lest the clock run ahead of the device
-        if step % every:
-            report(step)
-
-
-@torch.inference_mode()
-def evaluate(model: LlamaForCausalLM, tokens: Tensor, window: int = WINDOW) -> float:
-    """Nats per token of `tokens` (n,) in fp32; windows do not overlap, each token but the first counts."""
-    was_training = model.training
-    model.eval()
-    rows = math.ceil((len(tokens) - 1) / window)
-    padding = (0, rows * window - len(tokens) + 1)
-    inputs = F.pad(tokens[:-1], padding).view(rows, window)
-    labels = F.pad(tokens[1:], padding, value=-100).view(rows, window)
-    total = 0.0
-    for some_inputs, some_labels in zip(inputs.split(64), labels.split(64), strict=True):
-        logits = model(input_ids=some_inputs, use_cache=False).logits
-        total += F.cross_entropy(logits.flatten(0, 1), some_labels.flatten(), reduction="sum").item()
-    model.train(was_training)
-    return total / (len(tokens) - 1)
-
-
-def save_checkpoint(path: Path, model: LlamaForCausalLM, notes: dict[str, str]) -> None:
-    """fp16 weights without the tied copy, and what the model card tells of them."""
-    state = {key: value.half().cpu() for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    with whole_files(path.parent) as scratch:
-        save_file(state, scratch / path.name, metadata=notes)
-
-
-def load_checkpoint(path: Path, device: torch.device) -> tuple[LlamaForCausalLM, dict[str, str]]:
-    model = build_model(device)
-    with safe_open(path, "pt") as file:
-        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, strict=False)  # noqa: SIM118
-        return model, file.metadata()
 
 
 def pretrain(args: argparse.Namespace) -> None:

@@ -13,10 +13,13 @@ import torch
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
 
+from tests.captures import remember_captures
+
 settings.register_profile("tsld_fx", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("tsld_fx")
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+remember_captures()
 
 
 def pytest_configure(config: pytest.Config) -> None:

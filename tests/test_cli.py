@@ -6,6 +6,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.tiny_runs import (
     workspace,
     write_yaml,
 )
+from tsld_fx import recipes
 from tsld_fx.model_folders import load_any
 from tsld_fx.perplexity import perplexity
 from tsld_fx.preparation import load_prepared
@@ -43,8 +45,10 @@ def mixed_run() -> Path:
     }
     run = settings(quant=quant, data={"test": [str(text_file("test"))]}, training={"bf16": True})
     file = write_yaml(workspace() / "mixed.yaml", run)
-    outcome = run_cli("train", "--config", file, "--out", workspace() / "mixed")
+    with mock.patch.object(recipes, "TSLDTrainer", wraps=recipes.TSLDTrainer) as trainer:
+        outcome = run_cli("train", "--config", file, "--out", workspace() / "mixed")
     assert outcome.code == 0, outcome.err
+    assert trainer.call_args.kwargs["teacher"].dtype == torch.bfloat16
     return workspace() / "mixed"
 
 

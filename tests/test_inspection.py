@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def folders() -> dict[str, Path]:
 
 def cells(text: str, layer: str) -> list[str]:
     """The cells of one row of a printed table."""
-    row = next(line for line in text.splitlines() if f"│ {layer} " in line)
-    return [cell.strip() for cell in row.strip("│").split("│")][1:]
+    row = next(line for line in text.splitlines() if re.match(rf"(│ )?{re.escape(layer)} ", line))
+    return [cell.strip() for cell in re.split("│" if "│" in row else "  +", row.strip("│"))][1:]
 
 
 @pytest.mark.parametrize("kind", ["prepared", "converted"])
@@ -52,6 +53,7 @@ def test_layers_of_a_prepared_and_a_converted_model(kind: str) -> None:
     assert cells(outcome.out, prefix + "self_attn.o_proj")[:4] == ["32 x 32", "32", "-", "-"]
     assert cells(outcome.out, prefix + "mlp.down_proj")[:4] == ["32 x 44", "4", "minmax", "group 4"]
     assert cells(outcome.out, "lm_head")[:4] == ["120 x 32", "32", "-", "-"]
+    assert max(len(line) for line in outcome.out.splitlines() if line.startswith("model.")) <= 80
     assert ("Passes" in outcome.out) == (kind == "prepared")
 
 

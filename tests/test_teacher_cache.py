@@ -102,6 +102,13 @@ def test_rows_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     assert CachedSamples(rows, again)[0]["tsld_row"] is None
 
 
+def test_processes_that_begin_a_cache_at_once_share_it(tmp_path: Path) -> None:
+    late = cache(tmp_path / "c")
+    fill(tmp_path / "c")
+    late._create(torch.zeros(1, 12, 32).bfloat16())  # it had looked before the other's folder was there
+    assert late.filled() == cache(tmp_path / "c").filled() == 6
+
+
 def test_other_data_or_another_teacher_is_refused(tmp_path: Path) -> None:
     fill(tmp_path / "c")
     with pytest.raises(DataError, match="data is"):

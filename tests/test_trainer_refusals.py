@@ -68,6 +68,14 @@ def test_frozen_student_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, student().requires_grad_(False))
 
 
+def test_accelerates_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--parallel fsdp"):
+        trainer(tmp_path, args=arguments(tmp_path, fsdp="full_shard"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="--parallel fsdp"):
+        trainer(tmp_path)
+
+
 def test_separate_documents_without_the_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs `segment_ids`"):
         trainer(tmp_path, distill=DistillConfig(separate_documents=True)).train()

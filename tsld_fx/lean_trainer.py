@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
@@ -10,9 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from tsld_fx.distill import DistillConfig
+from tsld_fx.errors import ConfigError
 from tsld_fx.step_graph import StepGraph
 from tsld_fx.weight_cache import WeightCache
 from tsld_fx.whole_trainer import WholeCheckpointTrainer
+
+
+def check_sharding(args: Any) -> None:
+    """Refuse FSDP through transformers and accelerate.
+
+    Args:
+        args: TrainingArguments or None.
+
+    Raises:
+        ConfigError: it names the way that works.
+    """
+    if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise ConfigError(
+            "TSLDTrainer: FSDP through transformers or accelerate shards modules that a captured graph does not call. "
+            "Use --parallel fsdp (DistributedTrainer), without training.fsdp and accelerate's FSDP settings."
+        )
 
 
 class LeanTrainer(WholeCheckpointTrainer):
@@ -35,7 +53,7 @@ class LeanTrainer(WholeCheckpointTrainer):
         """Whether micro-batches of one step share the quantised weights; recomputed layers must not keep them."""
         args = self.args
         several = args.gradient_accumulation_steps > 1
-        return several and not (args.torch_compile or args.gradient_checkpointing or args.fsdp or args.deepspeed)
+        return several and not (args.torch_compile or args.gradient_checkpointing or args.deepspeed)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch: forward, backward, and a check of the loss."""
@@ -74,9 +92,7 @@ class LeanTrainer(WholeCheckpointTrainer):
         """Whether steps run as a CUDA graph: asked for, on one GPU, with nothing between forward and backward."""
         args = self.args
         alone = args.world_size == 1 and args.gradient_accumulation_steps == 1 and args.device.type == "cuda"
-        return (
-            self.distill.cuda_graph and alone and not (args.fp16 or args.torch_compile or args.fsdp or args.deepspeed)
-        )
+        return self.distill.cuda_graph and alone and not (args.fp16 or args.torch_compile or args.deepspeed)
 
     def _take_parts(self) -> dict[str, list[Tensor]]:
         """The loss terms of one step, which then goes on to add to those since the last log line."""

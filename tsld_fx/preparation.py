@@ -15,7 +15,8 @@ from tsld_fx.config import QuantConfig
 from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import CheckpointError, ConfigError
 from tsld_fx.passes.runner import Listener
-from tsld_fx.prepared import LEARNED_LEAVES, GraphState, PreparedModel, prepared_class, retyped
+from tsld_fx.prepared import LEARNED_LEAVES, PreparedModel, prepared_class, retyped
+from tsld_fx.prepared_state import GraphState
 
 logger = logging.getLogger(__name__)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from tsld_fx import losses
 from tsld_fx.capture import attach, capture, takes_positions
@@ -24,59 +22,13 @@ from tsld_fx.passes.fuse_head_loss import FuseHeadLoss
 from tsld_fx.passes.insert_distillation_hooks import InsertDistillationHooks
 from tsld_fx.passes.pipelines import prepare_pipeline
 from tsld_fx.passes.retarget_device import RetargetDevice
-from tsld_fx.passes.runner import Listener, run_passes
+from tsld_fx.passes.runner import run_passes
 from tsld_fx.passes.set_dropout import SetDropout
 from tsld_fx.passes.split_off_head import SplitOffHead
 from tsld_fx.prepared_inputs import check_inputs
+from tsld_fx.prepared_state import Ending, GraphState, HeadInput, PreparedOutput, ending_name
 
 LEARNED_LEAVES = ("weight_scale", "weight_clip")
-Ending = Objective | Literal["head_input"] | None  # how a graph ends: losses, the head's input, or logits
-Key = tuple[bool, str]  # with positions; the name of the ending
-
-
-@dataclass
-class PreparedOutput(ModelOutput):
-    """What a prepared model returns.
-
-    Attributes:
-        loss: cross-entropy with the next token when labels are given.
-        logits: [B, T, V].
-        hidden_states, attention_scores: one tensor per layer where the taps are on, else None.
-        loss_terms, token_scores: with `head_loss`: value of each loss [terms], and the teacher's cross-entropy of each
-            token [B, T - 1] when it was computed here.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attention_scores: tuple[Tensor, ...] | None = None
-    loss_terms: Tensor | None = None
-    token_scores: Tensor | None = None
-
-
-class HeadInput(NamedTuple):
-    """What the head of a model reads: hidden states [B, T, H], weight [V, H], bias [V] or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass
-class GraphState:
-    """The graphs of one prepared model; all of them read the model's own parameters."""
-
-    config: QuantConfig | None  # None: a full-precision model that only runs as a graph (a teacher with taps)
-    taps: tuple[str, ...]
-    device: torch.device
-    listener: Listener | None = None
-    graphs: dict[Key, fx.GraphModule] = field(default_factory=dict)
-    layered: bool = False  # run by layers, not as the flat graph
-    recompute: bool = False  # layers are computed again in the backward pass
-    views: dict[bool, LayeredView] = field(default_factory=dict)  # by layers, without and with positions
-
-    def graph_modules(self) -> list[fx.GraphModule]:
-        return [*self.graphs.values(), *(part for view in self.views.values() for part in view.graph_modules())]
 
 
 class PreparedModel(PreTrainedModel):
@@ -289,11 +241,6 @@ class PreparedModel(PreTrainedModel):
         return twin
 
 
-def ending_name(ending: Ending) -> str:
-    """The name of an ending in `Root.forward` and `LayeredView.stage`; "" for logits."""
-    return (ending if isinstance(ending, str) else ending.key) if ending else ""
-
-
 @cache
 def prepared_class(base: type[PreTrainedModel]) -> type[PreparedModel]:
     """The model's own class with PreparedModel in front; it keeps the name, which checkpoints record."""
@@ -314,6 +261,3 @@ def _output_name(model: PreTrainedModel) -> str:
 
 def _tapped(values: dict[str, Tensor], tap: str) -> tuple[Tensor, ...] | None:
     return tuple(v for k, v in values.items() if k.startswith(f"{tap}.")) or None
-
-
-__all__ = ["HeadInput", "PreparedModel", "PreparedOutput"]

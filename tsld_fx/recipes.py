@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainingArguments
 
+from tsld_fx.distributed.ranks import Alone, Ranks, join
 from tsld_fx.errors import ConfigError
 from tsld_fx.model_folders import check_window, load_float, load_tokenizer
 from tsld_fx.perplexity import check_tokens, perplexity
@@ -84,15 +85,24 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     """
     if not settings.data.validation:
         raise ConfigError("finetune needs validation text to find the best epoch. Give data.validation.")
-    folder = RunFolder(out, {"command": "finetune", "patience": patience, **settings.to_dict()})
-    if (done := folder.result()) is not None:
-        return done
-    arguments = training_arguments(settings, folder, by_epoch=True)
-    model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
-    check_window(settings.data.block_size, model)
-    text = open_data(settings, tokenizer)
-    text.check(model)
-    folder.begin()
+    ranks = join(bool(settings.training.get("use_cpu", False)))
+    record = {"command": "finetune", "patience": patience, **settings.to_dict()}
+    folder = ranks.agree(lambda: RunFolder(out, record))
+    if (done := ranks.agree(folder.result)) is not None:
+        return done if is_first() else {}
+
+    def load() -> tuple[Any, ...]:
+        arguments = training_arguments(settings, folder, by_epoch=True)
+        model, tokenizer = load_float(settings.model), load_tokenizer(settings.model)
+        check_window(settings.data.block_size, model)
+        text = open_data(settings, tokenizer)
+        text.check(model)
+        return arguments, model, tokenizer, text
+
+    arguments, model, tokenizer, text = ranks.agree(load)
+    if is_first():
+        folder.begin()
+    quiet = quiet or not is_first()
     before = evaluate(model, text, quiet)
     trainer = WholeCheckpointTrainer(
         model=model,
@@ -102,7 +112,7 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
         data_collator=text.collator,
         callbacks=[MetricsFile(folder.metrics), EarlyStoppingCallback(early_stopping_patience=patience)],
     )
-    return _run(trainer, model, tokenizer, folder, text, settings, quiet, {"start": before})
+    return _run(trainer, model, tokenizer, folder, text, settings, quiet, {"start": before}, ranks)
 
 
 def train(
@@ -126,11 +136,12 @@ def train(
         from tsld_fx.distributed.recipe import train_spread
 
         return train_spread(settings, out, quiet=quiet, callbacks=callbacks)
-    folder = RunFolder(out, {"command": "train", **settings.to_dict()})
-    if (done := folder.result()) is not None:
-        return done
+    ranks = join(bool(settings.training.get("use_cpu", False)))
+    folder = ranks.agree(lambda: RunFolder(out, {"command": "train", **settings.to_dict()}))
+    if (done := ranks.agree(folder.result)) is not None:
+        return done if is_first() else {}
     quiet = quiet or not is_first()
-    arguments, student, teacher, text, tokenizer = load_run(settings, folder)
+    arguments, student, teacher, text, tokenizer = ranks.agree(lambda: load_run(settings, folder))
     if is_first():
         folder.begin()
     device = device_of(settings)
@@ -138,17 +149,21 @@ def train(
         "teacher": evaluate(teacher.to(device), text, quiet),
         "ptq": evaluate(student.to(device), text, quiet),
     }
-    trainer = TSLDTrainer(
-        model=student,
-        teacher=teacher,
-        distill=settings.distill,
-        args=arguments,
-        train_dataset=text.blocks("train", settings.distill.separate_documents),
-        eval_dataset=text.blocks("validation"),
-        data_collator=text.collator,
-        callbacks=[MetricsFile(folder.metrics), *callbacks],
+    if arguments.bf16:  # autocast reads it in bfloat16 anyway; half the memory
+        teacher = teacher.to(torch.bfloat16)
+    trainer = ranks.agree(
+        lambda: TSLDTrainer(
+            model=student,
+            teacher=teacher,
+            distill=settings.distill,
+            args=arguments,
+            train_dataset=text.blocks("train", settings.distill.separate_documents),
+            eval_dataset=text.blocks("validation"),
+            data_collator=text.collator,
+            callbacks=[MetricsFile(folder.metrics), *callbacks],
+        )
     )
-    return _run(trainer, student, tokenizer, folder, text, settings, quiet, known)
+    return _run(trainer, student, tokenizer, folder, text, settings, quiet, known, ranks)
 
 
 def load_run(settings: RunSettings, folder: RunFolder) -> tuple[Any, Any, PreTrainedModel, _Text | TaskRun, Any]:
@@ -172,18 +187,20 @@ def _run(
     settings: RunSettings,
     quiet: bool,
     known: dict[str, Any],
+    ranks: Ranks | Alone,
 ) -> dict[str, Any]:
     """Train (from the last whole checkpoint if there is one), save, evaluate, plot and write the result.
 
     Of several processes the first one writes; the others return {}.
     """
     resume = folder.resume_point()
-    if resume:
+    if resume and is_first():
         logger.warning("resuming from %s", resume)
     start = time.perf_counter()
     bar = RichProgress("training", quiet).install(trainer)
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with ranks.guard(leave=False):  # torch hangs now and then when the group is left before DDP's reducer
+            trainer.train(resume_from_checkpoint=resume)
     finally:
         bar.stop()
     seconds = time.perf_counter() - start

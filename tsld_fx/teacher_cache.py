@@ -7,11 +7,13 @@ it belongs to.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +155,16 @@ class TeacherCache:
                 "top_rest": [samples, tokens],
             }
         sizes = {f"{n}.bin": int(np.prod(shape)) * np.dtype(self._stored(n)).itemsize for n, shape in shapes.items()}
-        with whole_folder(self.folder) as folder:
-            for name, size in {**sizes, "rows.bin": samples * _ROW.itemsize}.items():
-                with (folder / name).open("wb") as file:
-                    os.truncate(file.fileno(), size)
-            dtype = str(self._dtype).removeprefix("torch.")
-            write_json(folder / "cache.json", {**self.identity, "shapes": shapes, "dtype": dtype})
-        self.opened()
+        with _alone_in(self.folder.parent):
+            if self.opened():  # another process was faster
+                return
+            with whole_folder(self.folder) as folder:
+                for name, size in {**sizes, "rows.bin": samples * _ROW.itemsize}.items():
+                    with (folder / name).open("wb") as file:
+                        os.truncate(file.fileno(), size)
+                dtype = str(self._dtype).removeprefix("torch.")
+                write_json(folder / "cache.json", {**self.identity, "shapes": shapes, "dtype": dtype})
+            self.opened()
 
     def put(
         self,
@@ -227,6 +232,19 @@ class TeacherCache:
 
     def __getstate__(self) -> dict[str, Any]:  # a loader's worker maps the files itself
         return self.__dict__ | {"_rows": None, "_values": {}}
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:

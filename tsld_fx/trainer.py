@@ -19,9 +19,10 @@ from tsld_fx.errors import ConfigError, DataError, TrainingError
 from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss, objective_of
 from tsld_fx.fused_loss_chunks import Objective
 from tsld_fx.headless import HeadlessModel, without_head
-from tsld_fx.lean_trainer import LeanTrainer
+from tsld_fx.lean_trainer import LeanTrainer, check_sharding
 from tsld_fx.preparation import graph_model
-from tsld_fx.prepared import PreparedModel, PreparedOutput
+from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_state import PreparedOutput
 from tsld_fx.teacher_cache import TOP, TeacherCache
 from tsld_fx.teacher_checks import check_teacher
 from tsld_fx.top_logits import TopLogits, top_of_head
@@ -73,6 +74,7 @@ class TSLDTrainer(LeanTrainer):
                 "TSLDTrainer: every parameter of the student has requires_grad=False, so there is nothing to train. "
                 "Call model.requires_grad_(True), or load the student anew."
             )
+        check_sharding(kwargs.get("args"))
         self.distill = distill or DistillConfig()
         if self.distill.needs_teacher:
             check_teacher(teacher, model)

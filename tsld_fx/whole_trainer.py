@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from tsld_fx.distributed.ranks import Ranks, finite_everywhere
 from tsld_fx.errors import CheckpointError, TrainingError
 from tsld_fx.quantizers import all_finite
 from tsld_fx.runs import last_whole_checkpoint, mark_whole, unmark_whole
@@ -77,11 +78,15 @@ class WholeCheckpointTrainer(Trainer):
         return metrics | _perplexities(metrics)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One step; a loss that is NaN or Inf ends the training before it reaches the weights."""
+        """One step; a loss that is NaN or Inf on any process ends the training before it reaches the weights."""
         loss = self._micro_batch(model, inputs, *args, **kwargs)
+        if self.args.world_size > 1:
+            finite_everywhere(loss)
         if not bool(torch.isfinite(loss)):
             self._check_batch(inputs)
-            raise TrainingError(self._not_finite(f"the loss is {float(loss)}"))
+            where = f"the loss of process {self.args.process_index}" if self.args.world_size > 1 else "the loss"
+            message = self._not_finite(f"{where} is {float(loss)}")
+            raise Ranks.agreed(TrainingError(message), message)
         return loss
 
     def _micro_batch(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

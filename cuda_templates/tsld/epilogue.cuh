@@ -43,9 +43,9 @@ __device__ __forceinline__ void store_outputs(const GemmParams& p, int token, in
 // Returns true in that block; `arrived` lies in shared memory. The counter is left at zero for the next launch.
 template <class C>
 __device__ __forceinline__ bool last_block_of_tile(const GemmParams& p, int& arrived) {
-  __threadfence();
   C::sync();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) {  // the barrier before and this fence publish the sums of all threads
+    __threadfence();
     int* counter = p.counters + blockIdx.y * gridDim.x + blockIdx.x;
     arrived = atomicAdd(counter, 1);
     if (arrived == static_cast<int>(gridDim.z) - 1) *counter = 0;

@@ -19,7 +19,6 @@ namespace tsld {
 
 template <class C>
 class WgmmaGemm {
- protected:
   using T = typename C::Type;
   using Sum = typename T::Sum;
   using Weights = typename C::Weights;
@@ -61,7 +60,7 @@ class WgmmaGemm {
     }
   }
 
- protected:
+ private:
   // One output tile and one split of its inputs. Neighbours in time share tokens, so that x stays in L2.
   struct Work {
     int row_block, token_block, split, first_chunk, chunks;
@@ -114,6 +113,7 @@ class WgmmaGemm {
   }
 
   __device__ __forceinline__ void produce() const {
+    if (lane_ == 0) prefetch_map(x_map_);
     Ring ring;
     const Work first = work(blockIdx.x);
     const int ahead = min(C::kStages, first.chunks);
@@ -143,12 +143,13 @@ class WgmmaGemm {
     for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
       const Work w = work(index);
       if constexpr (T::kBytes == 1) barrier_wait(full(ring.stage), ring.phase);  // x is there, so are its scales
-      WgmmaOutput<C> output(p_, meta_stage(C::kStages), memory_, warp_, lane_, w.token_block * C::kTokens);
+      WgmmaOutput<C> output(p_, meta_stage(C::kStages), memory_, warp_, lane_, w.token_block * C::kTokens,
+                            w.row_block * C::kBlockTiles);
       Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
       multiply(acc, w, ring);
       if (!waited) wait_for_previous_kernel();  // before anything is written
       waited = true;
-      if (!C::kSplitsK || splits_ == 1 || add_splits(acc, w)) output.store(acc, w.row_block * C::kBlockTiles);
+      if (splits_ == 1 || add_splits(acc, w)) output.store(acc);
     }
   }
 
@@ -164,7 +165,7 @@ class WgmmaGemm {
           zero[rt].set(half, p_.row_zero[min(tile, p_.row_tiles - 1) * 16 + lane_ / 4 + 8 * half]);
         }
     }
-    u32 a[2][C::kSteps][4];  // two batches of 64 inputs
+    u32 a[C::kBatches][C::kSteps][4];
     u16 scale[C::kRowTiles][2];
     u32 factor[C::kRowTiles][2];
     if constexpr (C::kOwnScales) load_scales(scale, w, 0);
@@ -177,24 +178,32 @@ class WgmmaGemm {
       }
       barrier_wait(full(ring.stage), ring.phase);
 #pragma unroll
-      for (int rt = 0; rt < C::kRowTiles; ++rt)
+      for (int rt = 0; rt < C::kRowTiles; ++rt) {
+        const int tile = C::row_tile(warp_, rt);
+        const u32 weights = weight_stage(ring.stage) + tile * Weights::kBytes;
+        Vec16 codes;
+        if constexpr (C::kBatches == 4) codes = load_shared16(weights + lane_ * 16);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int tile = C::row_tile(warp_, rt);
-          load_operand<C>(a[half], zero[rt], factor[rt], weight_stage(ring.stage) + tile * Weights::kBytes,
-                          meta_stage(ring.stage) + tile * Meta::kBytes, half);
-          if constexpr (T::kBytes == 1) pin(a[half]);
+        for (int batch = 0; batch < C::kBatches; ++batch) {
+          if constexpr (C::kBatches == 4)
+            load_pair<C>(a[batch], codes.w[batch], zero[rt], factor[rt]);
+          else
+            load_operand<C>(a[batch], zero[rt], factor[rt], weights, meta_stage(ring.stage) + tile * Meta::kBytes, batch);
+          if constexpr (T::kBytes == 1) pin(a[batch]);
           wgmma_fence();
           pin(acc[rt]);
-          const u64 panel = T::kBytes == 2 ? panel_descriptor(x_stage(ring.stage) + half * C::kPanelBytes)
-                                           : panel_descriptor(x_stage(ring.stage)) + 4 * half;  // 64 bytes on
+          const int inputs = batch * C::kSteps * (32 / T::kBytes);  // before this batch
+          const u64 panel = panel_descriptor(x_stage(ring.stage) + inputs * T::kBytes / 128 * C::kPanelBytes) +
+                            inputs * T::kBytes % 128 / 16;
 #pragma unroll
-          for (int step = 0; step < C::kSteps; ++step) Wgmma<T, C::kTokenTiles>::run(acc[rt], a[half][step], panel + 2 * step);
+          for (int step = 0; step < C::kSteps; ++step) Wgmma<T, C::kTokenTiles>::run(acc[rt], a[batch][step], panel + 2 * step);
           wgmma_commit();
           pin(acc[rt]);
-          wgmma_wait<1>();  // the other register buffer is free; so is, at the start of a stage, the stage before
-          if (rt == 0 && half == 0 && previous >= 0) release(previous);
+          wgmma_wait<C::kBatches - 1>();  // the registers of the next batch are free
+          // ... and so is, after as many batches of this stage, the stage before
+          if (rt == 0 && batch == C::kBatches - 2 && previous >= 0) release(previous);
         }
+      }
       previous = ring.stage;
       ring.advance();
     }
@@ -233,9 +242,9 @@ class WgmmaGemm {
       for (int nt = 0; nt < C::kTokenTiles; ++nt)
         store_float4_l2(mine + static_cast<i64>(w.split) * kFloats + (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4,
                         acc[rt][nt]);
-    __threadfence();
     C::sync();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0) {  // the barrier before and this fence publish the sums of all threads
+      __threadfence();
       arrival_flag() = atomicAdd(p_.counters + tile, 1);
       if (arrival_flag() == splits_ - 1) p_.counters[tile] = 0;
       __threadfence();
@@ -244,18 +253,32 @@ class WgmmaGemm {
     const bool last = arrival_flag() == splits_ - 1;
     C::sync();  // the flag may be written again
     if (!last) return false;
+    constexpr int kSlab = imin(C::kTokenTiles, 8), kAtOnce = imax(16 / kSlab, 1);  // 16 loads of a lane in flight
 #pragma unroll
     for (int rt = 0; rt < C::kRowTiles; ++rt)
 #pragma unroll
-      for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+      for (int first = 0; first < C::kTokenTiles; first += kSlab) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0;
-        for (int split = 0; split < splits_; ++split) {
-          Sum part[4];
-          load_float4_l2(part, mine + static_cast<i64>(split) * kFloats +
-                                   (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4);
+        for (int nt = first; nt < first + kSlab; ++nt)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[rt][nt][i] += part[i];
+          for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0;
+#pragma unroll 1
+        for (int split = 0; split < splits_; split += kAtOnce) {
+          Sum part[kAtOnce][kSlab][4] = {};
+#pragma unroll
+          for (int s = 0; s < kAtOnce; ++s)
+            if (split + s < splits_) {
+#pragma unroll
+              for (int nt = 0; nt < kSlab; ++nt)
+                load_float4_l2(part[s][nt], mine + static_cast<i64>(split + s) * kFloats +
+                                                (rt * C::kTokenTiles + first + nt) * C::kEpilogueThreads * 4);
+            }
+#pragma unroll
+          for (int s = 0; s < kAtOnce; ++s)
+#pragma unroll
+            for (int nt = 0; nt < kSlab; ++nt)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) acc[rt][first + nt][i] += part[s][nt][i];
         }
       }
     return true;

@@ -79,13 +79,11 @@ class TokenRow {
         k_(k),
         vecs(static_cast<int>(ldq / 8)) {}
 
-  __device__ __forceinline__ bool whole(int count) const { return count * 8 <= k_; }  // so many vectors
-  __device__ __forceinline__ Vec16 load_whole(int vec) const { return *reinterpret_cast<const Vec16*>(x_ + vec * 8); }
   __device__ __forceinline__ Vec16 load(int vec) const {  // zeros past the last input
     Vec16 v = {};
     const int from = vec * 8;
     if (from + 8 <= k_) {
-      v = load_whole(vec);
+      v = *reinterpret_cast<const Vec16*>(x_ + from);
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
@@ -167,37 +165,6 @@ __device__ __forceinline__ void quantize_tokens(const QuantizeParams& p) {
   for (int i = 0; i < kVecs; ++i) row.store(i * kThreads + threadIdx.x, kept[i], scale);
   for (int vec = kVecs * kThreads + threadIdx.x; vec / 32 * 32 < row.vecs; vec += kThreads)
     row.store(vec, row.load(vec), scale);
-}
-
-// One warp for the token; kBatch vectors of a lane are in flight at once.
-template <class T, int kBatch>
-__device__ __forceinline__ void quantize_token(const TokenRow<T>& row, float* scale_to) {
-  using Row = TokenRow<T>;
-  const int lane = threadIdx.x % 32, batches = ceil_div(row.vecs, 32 * kBatch);
-  Vec16 kept[kBatch];
-  const auto load_batch = [&](int b) {
-    const int vec = b * kBatch * 32 + lane;
-    if (row.whole((b + 1) * kBatch * 32)) {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) kept[i] = row.load_whole(vec + i * 32);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) kept[i] = row.load(vec + i * 32);
-    }
-  };
-  u32 largest = 0;
-  for (int b = 0; b < batches; ++b) {
-    load_batch(b);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) largest = Row::larger(largest, kept[i]);
-  }
-  const typename Row::Scale scale(Row::largest_of_warp(largest));
-  if (lane == 0) *scale_to = scale.scale;
-  for (int b = batches - 1; b >= 0; --b) {
-    if (b < batches - 1) load_batch(b);  // the last one is at hand
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) row.store((b * kBatch + i) * 32 + lane, kept[i], scale);
-  }
 }
 
 }  // namespace tsld

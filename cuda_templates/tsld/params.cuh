@@ -21,7 +21,6 @@ struct GemmParams {
   int chunks;             // ceil(k / 128)
   int chunks_per_split;   // chunks that one block of grid.z works on
   float* x_scale;         // [m] scales of quantised tokens (narrow.cuh); null for 16-bit x
-  void* x_narrow;         // [m, 128 * chunks] where gemm_narrow.cuh leaves the quantised tokens
   const void* norm_weight;  // [k] of x's type, for kernels that normalise x (stream_fusion.cuh)
   const void* residual;     // [m, k], added to x before; or null
   void* total;              // [m, k]: x + residual; null without a residual

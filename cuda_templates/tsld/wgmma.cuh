@@ -176,6 +176,10 @@ struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
+// The description of a tensor is fetched before the first copy needs it.
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 __device__ __forceinline__ void copy_tensor(u32 dst, const TensorMap* map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
       ::"r"(dst), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
@@ -183,15 +187,6 @@ __device__ __forceinline__ void copy_tensor(u32 dst, const TensorMap* map, int c
 __device__ __forceinline__ void copy_bytes(u32 dst, const void* src, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       ::"r"(dst), "l"(src), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// What generic stores wrote is seen by tensor copies that are issued later.
-__device__ __forceinline__ void fence_generic_to_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-__device__ __forceinline__ int load_acquire(const int* p) {
-  int v;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-  return v;
 }
 
 }  // namespace tsld

@@ -1,4 +1,4 @@
-// Tile shapes and shared memory of the kernels for many tokens on Hopper (gemm_wgmma.cuh, gemm_narrow.cuh).
+// Tile shapes and shared memory of the kernels for many tokens on Hopper (gemm_wgmma.cuh).
 #pragma once
 
 #include "tsld/layout.cuh"
@@ -12,7 +12,6 @@ struct WgmmaConfig {
   static_assert(Type::kBytes == 2 || (kBits_ == 2 && kGroup_ == 0), "8-bit activations: ternary, one scale per row");
   static constexpr int kBits = kBits_, kGroup = kGroup_, kStages = kStages_, kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;                    // consumer warp groups
-  static constexpr bool kSplitsK = true;
   static constexpr int kRowTiles = kRowTiles_;                // 64-row tiles per warp group, a 16-row tile per warp
   static constexpr int kWarps = 4 * kGroups;
   static constexpr int kTokenTiles = kTokens / 8;
@@ -37,7 +36,10 @@ struct WgmmaConfig {
   using Meta = MetaLayout<kBits, kGroup>;
   static constexpr int kPanelBytes = kTokens * 128;           // 64 inputs of every token, 128 of 8-bit types
   static constexpr int kXBytes = Type::kBytes * kPanelBytes;
-  static constexpr int kSteps = 2 * Type::kBytes;             // matrix instructions per batch of 64 inputs
+  // The inputs of a chunk are multiplied in batches, of which all but one may be under way: dequantising one takes about
+  // as long as multiplying 64 inputs with few tokens, so that two batches alone would leave the tensor cores idle.
+  static constexpr int kBatches = kBits == 2 && Type::kBytes == 2 && (kGroup == 0 || kGroup == 128) && kTokens <= 64 ? 4 : 2;
+  static constexpr int kSteps = 4 * Type::kBytes / kBatches;  // matrix instructions per batch
   static constexpr int kWeightBytes = kBlockTiles * Weights::kBytes;
   // Ternary groups of 128 have one scale per row and chunk: consumers read these themselves, a chunk ahead.
   static constexpr bool kOwnScales = kBits == 2 && kGroup == 128;

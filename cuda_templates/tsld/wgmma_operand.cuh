@@ -6,6 +6,19 @@
 
 namespace tsld {
 
+// a = ternary codes of 32 inputs, times the scales of the lane's two rows where C::kOwnScales
+template <class C, class Zero>
+__device__ __forceinline__ void load_pair(u32 (&a)[2][4], u32 word, const Zero& zero, const u32 (&factor)[2]) {
+  const u32 words[1] = {word};
+  dequant_pair(a, words, zero);
+  if constexpr (C::kOwnScales) {
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[step][j] = C::Type::mul2(a[step][j], factor[j % 2]);
+  }
+}
+
 // a = codes of inputs 64 * half .. + 63 of a (tile, chunk); group scales are multiplied in here.
 //   weights, meta: shared addresses of the (tile, chunk); factor: scales of the lane's two rows, where C::kOwnScales
 template <class C, class Zero>

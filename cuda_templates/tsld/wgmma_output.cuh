@@ -8,7 +8,7 @@
 namespace tsld {
 
 // One output tile. C: the kernel's configuration. acc[rt][nt] is the fragment of row tile C::row_tile(warp, rt), tokens
-// 8nt .. 8nt+7. The scales of the tile's tokens (8-bit x) are read when this is made, while the products run, and laid
+// 8nt .. 8nt+7. Scales are read when this is made, while the products run. Those of the tile's tokens (8-bit x) are laid
 // into shared memory by `store`: read from global memory by each lane of each slab, they would cost a sixth of its time.
 template <class C>
 class WgmmaOutput {
@@ -19,18 +19,29 @@ class WgmmaOutput {
   const GemmParams& p_;
   const u32 buffers_;  // shared memory for slabs, C::kStoreBytes a warp group
   float* const scales_;  // shared memory for the tokens' scales
-  const int warp_, lane_, first_token_;
+  const int warp_, lane_, first_token_, first_tile_;
   float mine_[kMine];
+  float row_scale_[C::kRowTiles][2];
 
  public:
-  __device__ __forceinline__ WgmmaOutput(const GemmParams& p, u32 buffers, char* memory, int warp, int lane, int first_token)
+  __device__ __forceinline__ WgmmaOutput(const GemmParams& p, u32 buffers, char* memory, int warp, int lane, int first_token,
+                                         int first_tile)
       : p_(p),
         buffers_(buffers),
         scales_(reinterpret_cast<float*>(memory + C::kSharedBytes - C::kGroups * C::kScaleBytes) +
                 warp / 4 * C::kTokens),
         warp_(warp),
         lane_(lane),
-        first_token_(first_token) {
+        first_token_(first_token),
+        first_tile_(first_tile) {
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt) {
+      const int tile = min(first_tile + C::row_tile(warp, rt), p.row_tiles - 1);
+      if (p.bias != nullptr) prefetch_l2(static_cast<const u16*>(p.bias) + min(tile * kTileRows, p.n - 1));
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        row_scale_[rt][half] = load_early(p.row_scale + tile * kTileRows + lane / 4 + 8 * half);
+    }
     if constexpr (T::kBytes == 1) {
 #pragma unroll
       for (int i = 0; i < kMine; ++i)
@@ -38,17 +49,17 @@ class WgmmaOutput {
     }
   }
 
-  __device__ __forceinline__ void store(const Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], int first_tile) {
+  __device__ __forceinline__ void store(const Sum (&acc)[C::kRowTiles][C::kTokenTiles][4]) {
     if constexpr (T::kBytes == 1) publish_scales();
     const u16* bias = static_cast<const u16*>(p_.bias);
 #pragma unroll
     for (int rt = 0; rt < C::kRowTiles; ++rt) {
-      const int tile = first_tile + C::row_tile(warp_, rt);
-      float scale[2] = {0.f, 0.f}, shift[2] = {0.f, 0.f};
+      const int tile = first_tile_ + C::row_tile(warp_, rt);
+      const float scale[2] = {row_scale_[rt][0] * T::kWeight, row_scale_[rt][1] * T::kWeight};
+      float shift[2] = {0.f, 0.f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = tile * kTileRows + lane_ / 4 + 8 * half;
-        if (tile < p_.row_tiles) scale[half] = p_.row_scale[row] * T::kWeight;
         if (bias != nullptr && row < p_.n) shift[half] = T::Out::to_float(bias[row]);
       }
       if constexpr (C::kSlab == 0)

@@ -46,10 +46,10 @@ def run_ranks(world_size: int, cases: list[dict[str, Any]], timeout: float = 240
         assert process.returncode == 0, text
 
 
-def torchrun(world_size: int, *words: object) -> subprocess.Popen[str]:
-    """`torchrun --nproc-per-node N -m tsld_fx.cli words...`."""
+def torchrun(world_size: int, *words: object, module: str = "tsld_fx.cli", **variables: str) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node N -m tsld_fx.cli words...`, with more environment variables."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
-    command += ["--master-port", str(free_port()), "-m", "tsld_fx.cli", *map(str, words)]
+    command += ["--master-port", str(free_port()), "-m", module, *map(str, words)]
     return subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment() | variables, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

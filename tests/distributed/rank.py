@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.captures import remember_captures
 from tests.models import build
 from tests.tiny_runs import Recorder, arguments, random_rows
 from tsld_fx import DistillConfig, PreparedModel, TSLDTrainer, prepare
@@ -50,7 +51,7 @@ def run(case: dict[str, Any]) -> None:
         one.train()
         finish(folder, one.model, recorder)
         return
-    ranks = Ranks.start(use_cpu=True)
+    ranks = Ranks.start(given["args"].use_cpu)
     trainer = DistributedTrainer(**given, parallel=ParallelConfig(**case["parallel"]), ranks=ranks)
     if "breaks" in case and ranks.rank == ranks.world_size - 1:
         break_at(trainer, **case["breaks"])
@@ -78,7 +79,7 @@ def break_at(trainer: DistributedTrainer, step: int, how: str) -> None:
 
 
 def finish(folder: Path, model: torch.nn.Module, recorder: Recorder) -> None:
-    torch.save(model.state_dict(), folder / "weights.pt")
+    torch.save({n: v.cpu() for n, v in model.state_dict().items()}, folder / "weights.pt")
     keys = ("step", "loss", "loss_tsld", "grad_norm", "learning_rate")
     lines = [{k: line[k] for k in keys if k in line} for line in recorder.lines if "loss" in line]
     write_json(folder / "lines.json", lines)
@@ -100,4 +101,5 @@ def run_all(cases: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    remember_captures()
     run_all(json.loads(sys.argv[1]))

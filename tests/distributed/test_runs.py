@@ -91,6 +91,22 @@ def test_data_parallel_run_writes_each_file_once(tmp_path: Path) -> None:
     assert torch.isfinite(load_file(tmp_path / "run" / "model" / "model.safetensors")["model.norm.weight"]).all()
 
 
+def test_nan_on_one_data_parallel_process_is_told_once(tmp_path: Path) -> None:
+    told_once(tmp_path, "nan", "training stopped at step 3: the loss of process 1 is nan")
+
+
+def told_once(folder: Path, breaks: str, cause: str, **training: Any) -> None:
+    """A data-parallel run that breaks on one process ends on both, with one error and a whole checkpoint."""
+    file = spread(folder / "run.yaml", {"mode": "ddp"}, **training)
+    words = ("train", "--config", file, "--out", folder / "run")
+    process = torchrun(2, *words, module="tests.distributed.broken_run", TSLD_TEST_BREAKS=breaks)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert err.count("error: training stopped") + err.count("error: process") == err.count(f"error: {cause}") == 1, err
+    assert last_whole_checkpoint(folder / "run" / "checkpoints") == folder / "run" / "checkpoints" / "checkpoint-3"
+    assert not (folder / "run" / "result.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

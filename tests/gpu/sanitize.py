@@ -27,7 +27,7 @@ from tsld_fx.codegen.select_config import Plan
 from tsld_fx.codegen.spec import KernelSpec
 
 Case = tuple[Layer, int, Plan, str | None, str | None]  # weights, tokens, plan, activations' 8-bit type, target
-KINDS = ((2, 0), (2, 32), (4, 0), (4, 128), (8, 0), (8, 64))  # bits, group
+KINDS = ((2, 0), (2, 32), (2, 128), (4, 0), (4, 128), (8, 0), (8, 64))  # bits, group
 STREAM = [
     Plan(GemmConfig(t, 1, 1, 8, rows, 4, "stream"), splits) for t, rows, splits in ((1, 1, 1), (4, 2, 3), (8, 1, 2))
 ]
@@ -42,8 +42,8 @@ WGMMA = [
     Plan(GemmConfig(64, 4, 1, 1, 2, 3, "wgmma"), 1),
     Plan(GemmConfig(128, 8, 1, 1, 1, 3, "wgmma"), 2),
 ]
-NARROW = [
-    Plan(GemmConfig(256, 8, 1, 1, 1, 4, "narrow"), 1),
+CLUSTER = [Plan(GemmConfig(16, 1, 1, 16, 2, 3, "cluster"), 2), Plan(GemmConfig(32, 1, 1, 8, 1, 4, "cluster"), 1)]
+QUANTISED = [
     Plan(GemmConfig(64, 4, 1, 1, 1, 4, "wgmma"), 2),
     Plan(GemmConfig(256, 8, 1, 1, 1, 3, "wgmma"), 1),
 ]
@@ -55,14 +55,16 @@ def cases(wgmma: bool) -> Iterator[Case]:
     asynchronous = hopper and wgmma
     for bits, group in KINDS:
         layer = random_layer(299, 1187, bits, group)
-        for plan in STREAM + MMA + (TILE if bits == 2 and not group else []) + (WGMMA if asynchronous else []):
+        plans = STREAM + MMA + (TILE if bits == 2 and not group else []) + (WGMMA if asynchronous else [])
+        plans += CLUSTER if hopper and bits == 2 and group in (0, 128) else []
+        for plan in plans:
             if group and plan.config.kernel == "mma" and plan.config.tokens == 128:
                 plan = Plan(GemmConfig(128, 4, 2, 1, 1, 3), plan.splits)
             target = "compute_80" if plan.config.kernel in ("mma", "tile") and hopper else None
             m = plan.config.tokens + (5 if plan.config.tokens > 8 else 0)  # one staged token serves one token only
             yield layer, m, plan, None, target
         if bits == 2 and not group and asynchronous:
-            for plan in NARROW:
+            for plan in QUANTISED:
                 for kind in ("int8", "fp8"):
                     yield layer, plan.config.tokens + 7, plan, kind, None
 

@@ -1,4 +1,4 @@
-"""NCCL on two GPUs: FSDP2 and pipelines train as one process on one GPU does."""
+"""NCCL on two GPUs: FSDP2 and pipelines train as one process on one GPU does; every failure is told."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_ranks import CASES, pipeline, same
+from tests.distributed.test_ranks import CASES, KEEP, NAN, fsdp, pipeline, same
+from tests.distributed.test_runs import told_once
+from tests.tiny_runs import read_json
+from tsld_fx.runs import last_whole_checkpoint
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 NAMES = ("1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "fsdp_recompute", "tied_1f1b", "tied_fsdp")
 
 
@@ -20,7 +23,6 @@ def on_gpu(case: dict[str, Any]) -> dict[str, Any]:
     return {**case, "training": {**case["training"], "use_cpu": False, "tf32": False}}
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(tmp_path: Path) -> None:
     single = {
         "llama": {"training": {"gradient_accumulation_steps": 4}},
@@ -34,3 +36,24 @@ def test_two_gpus_train_as_one(tmp_path: Path) -> None:
         same(tmp_path / name, tmp_path / f"single_{CASES[name][0]}", tolerance=1e-5)
     same_loss = [torch.load(tmp_path / n / "weights.pt")["lm_head.weight"] for n in ("bf16", "single_llama")]
     assert 0 < (same_loss[0] - same_loss[1]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("how", ["raise", "nan"])
+@pytest.mark.parametrize("mode", ["fsdp", "1f1b"])
+def test_failure_of_one_process_reaches_the_other(tmp_path: Path, mode: str, how: str) -> None:
+    case = fsdp(2, **KEEP) if mode == "fsdp" else pipeline(mode, **KEEP)
+    broken = on_gpu({**case, "breaks": {**NAN["breaks"], "how": how}})
+    run_ranks(2, [{"folder": str(tmp_path), **broken}], timeout=60)
+    told = [read_json(tmp_path / f"error_{rank}.json") for rank in (0, 1)]
+    cause = "process 1: RuntimeError: out of coffee" if how == "raise" else "the loss of process 1 is nan"
+    assert all(cause in t["text"] for t in told)
+    assert sorted(t["kind"] for t in told) == ["PeerError", "TrainingError"]
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("breaks", "cause"),
+    [("nan", "training stopped at step 3: the loss of process 1 is nan"), ("raise", "process 1: RuntimeError: out of")],
+)
+def test_failure_of_one_data_parallel_process_is_told_once(tmp_path: Path, breaks: str, cause: str) -> None:
+    told_once(tmp_path, breaks, cause, use_cpu=False)

@@ -69,7 +69,8 @@ def finetune(
 
     data = {"train": train, "validation": validation, "test": test, "block_size": block_size}
     settings = _settings(config, model, data, _training(epochs, steps, batch_size, learning_rate))
-    _show_result(recipes.finetune(settings, out, patience=patience), out)
+    if result := recipes.finetune(settings, out, patience=patience):  # under torchrun one process has it
+        _show_result(result, out)
 
 
 @app.command()
@@ -277,10 +278,11 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
 def _show_layers(rows: list[Any], title: Path | None = None) -> None:
     from tsld_fx.inspection import float32_bytes, packed_bytes
 
-    table = Table(title=None if title is None else str(title))
-    table.add_column("layer", overflow="fold", min_width=30)
+    # Without lines between columns, names of layers and the rest fit into 80 characters.
+    table = Table(title=None if title is None else str(title), box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold", min_width=31)
     for column in ("shape", "bits", "scale", "per", "zeros", "kB"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         cells = (str(row.bits), row.scale, row.granularity, f"{row.zeros:.0%}", f"{row.bytes / 1e3:.1f}")

@@ -20,7 +20,8 @@ from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.fused_loss import HeadLoss
 from tsld_fx.losses import IGNORE, token_cross_entropy
 from tsld_fx.preparation import graph_model
-from tsld_fx.prepared import HeadInput, PreparedModel, PreparedOutput
+from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_state import HeadInput, PreparedOutput
 
 
 class Engine(ABC):

@@ -12,7 +12,8 @@ from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import DataError
 from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss, objective_of
 from tsld_fx.fused_loss_chunks import Objective
-from tsld_fx.prepared import HeadInput, PreparedModel, PreparedOutput
+from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_state import HeadInput, PreparedOutput
 
 
 def objective(

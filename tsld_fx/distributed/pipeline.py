@@ -23,7 +23,8 @@ from tsld_fx.errors import ConfigError
 from tsld_fx.fused_loss import GROUND_TRUTH, HeadLoss
 from tsld_fx.passes.graph_tools import tensors_read
 from tsld_fx.passes.split_off_head import RESULTS
-from tsld_fx.prepared import Ending, HeadInput, PreparedModel, PreparedOutput, ending_name
+from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_state import Ending, HeadInput, PreparedOutput, ending_name
 from tsld_fx.weight_cache import WeightCache
 
 

@@ -38,9 +38,10 @@ def place(layers: int, world_size: int, schedule: str) -> Placement:
     _, per_rank, fold = SCHEDULES[schedule]
     stages = world_size * per_rank
     if stages > layers:
+        most = max(layers // per_rank, 1)
         raise ConfigError(
             f"pipeline: {layers} layers cannot be staged over {world_size} processes with schedule {schedule!r}, which "
-            f"needs {stages} stages of at least one layer. Start at most {max(layers // per_rank, 1)} processes"
+            f"needs {stages} stages of at least one layer. Start at most {most} process{'es' if most > 1 else ''}"
             + ("." if per_rank == 1 else ", or use 1f1b, with one stage per process.")
         )
     bounds = tuple(round(stage * layers / stages) for stage in range(stages + 1))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tsld_fx.errors import ConfigError, TrainingError, TsldError
 
@@ -108,22 +110,57 @@ class Ranks:
         return error
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, leave: bool = True) -> Iterator[None]:
         """Turn a failure inside collective work into one error everywhere.
 
         The process that fails leaves its message in the store and closes its connections, which wakes the others.
+        What goes wrong elsewhere afterwards is a consequence, and told as that message.
+
+        Args:
+            leave: close connections here; else the process's end does it.
         """
         try:
-            yield
+            with self._listening():
+                yield
         except Exception as error:
             if getattr(error, "agreed", False):
                 raise
-            if _lost_connection(error):
+            if _lost_connection(error) or self._has_message():
                 raise self._peer_error() from None
-            self._leave_message(error)
+            self._leave_message(error, leave)
             if isinstance(error, TsldError):
                 raise
             raise TrainingError(f"process {self.rank}: {type(error).__name__}: {_first_line(error)}") from error
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """On GPUs: end collectives that wait for a process which has failed. NCCL itself would wait for minutes."""
+        if self.device.type != "cuda" or self.world_size == 1:
+            yield
+            return
+        store, done = self._store.clone(), threading.Event()
+
+        def listen() -> None:
+            while not done.wait(1.0):
+                with contextlib.suppress(Exception):  # the store went with its process
+                    if store.check([_FAILED]):
+                        if not done.wait(2.0):
+                            _abort_collectives()
+                        return
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            done.set()
+            listener.join()
+
+    def _has_message(self) -> bool:
+        """Whether another process has left its error."""
+        with contextlib.suppress(Exception):
+            return bool(self._store.check([_FAILED]))
+        return False
 
     def _peer_error(self) -> TrainingError:
         """The error of the process that failed first, from the store."""
@@ -135,15 +172,15 @@ class Ranks:
             "Look at its own output, then start again with the same command to resume."
         )
 
-    def _leave_message(self, error: Exception) -> None:
+    def _leave_message(self, error: Exception, leave: bool) -> None:
         """Put the cause where the other processes look for it."""
         with contextlib.suppress(Exception):
             self._store.set(_FAILED, f"process {self.rank}: {_text(error)}")
-        with contextlib.suppress(Exception):  # close the connections, which wakes the others
-            abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-            if abort is not None and self.device.type == "cuda":
-                abort()
-            dist.destroy_process_group()
+        if self.device.type == "cuda":
+            _abort_collectives()
+        if leave:
+            with contextlib.suppress(Exception):  # close the connections, which wakes the others
+                dist.destroy_process_group()
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -153,6 +190,44 @@ class Ranks:
         """Leave the processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Alone:
+    """The only process of a run, with what such a run asks of `Ranks`."""
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do it."""
+        return work()
+
+    def guard(self, leave: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Errors are errors."""
+        return contextlib.nullcontext()
+
+
+def join(use_cpu: bool = False) -> Ranks | Alone:
+    """The processes that torchrun started, or the only one."""
+    return Ranks.start(use_cpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()
+
+
+def finite_everywhere(loss: Tensor) -> None:
+    """Look at the loss of every process at once, so that all of them stop at the same step.
+
+    Raises:
+        PeerError: that of another process is NaN or Inf.
+    """
+    losses = torch.zeros(dist.get_world_size(), dtype=torch.float32, device=loss.device)
+    losses[dist.get_rank()] = loss.detach().float()
+    dist.all_reduce(losses)
+    found = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if found and dist.get_rank() not in found:
+        raise Ranks.agreed(None, f"the loss of process {found[0]} is {float(losses[found[0]])}")
+
+
+def _abort_collectives() -> None:
+    """Let NCCL's kernels of this process end; whoever waits for one goes on and fails at the next."""
+    for group in list(dist.distributed_c10d._world.pg_names):
+        with contextlib.suppress(Exception):  # a group without NCCL
+            group._get_backend(torch.device("cuda")).abort()
 
 
 def _text(error: Exception) -> str:
