@@ -145,6 +145,7 @@ class WgmmaGemm {
       if constexpr (T::kBytes == 1) barrier_wait(full(ring.stage), ring.phase);  // x is there, so are its scales
       WgmmaOutput<C> output(p_, meta_stage(C::kStages), memory_, warp_, lane_, w.token_block * C::kTokens,
                             w.row_block * C::kBlockTiles);
+      if constexpr (C::kOwnScales) prefetch_scales(w);
       Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
       multiply(acc, w, ring);
       if (!waited) wait_for_previous_kernel();  // before anything is written
@@ -216,6 +217,18 @@ class WgmmaGemm {
   // The warp has read all of a stage: its products are issued warp by warp, so that no lane is behind.
   __device__ __forceinline__ void release(int stage) const {
     if (lane_ == 0) barrier_arrive(empty(stage));
+  }
+
+  // From memory they would come later than a chunk ahead.
+  __device__ __forceinline__ void prefetch_scales(const Work& w) const {
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt) {
+      const int tile = min(w.row_block * C::kBlockTiles + C::row_tile(warp_, rt), p_.row_tiles - 1);
+      const char* from =
+          static_cast<const char*>(p_.meta) + (static_cast<i64>(tile) * p_.chunks + w.first_chunk) * Meta::kBytes;
+      const int bytes = w.chunks * Meta::kBytes;
+      for (int i = lane_ * 128; i < bytes + 128; i += 32 * 128) prefetch_l2(from + min(i, bytes - 1));
+    }
   }
 
   // Scales of a lane's rows in a chunk.
