@@ -1,13 +1,13 @@
-// y[m, n] = x[m, k] * dequantised(weights)[n, k]^T with Hopper's wgmma (sm_90a), for many tokens.
+// y[m, n] = x[m, k] * dequantised(weights)[n, k]^T with Hopper's wgmma (sm_90a), for nine tokens and more.
 //
 // The weights are the register operand: a warp of a warp group holds 16 of its 64 rows, which is the fragment layout
 // of mma.m16n8k16, so the same packed weights serve both kernels. x is the shared-memory operand, brought by the
 // tensor copy engine in panels of 64 inputs (128-byte rows, 128-byte swizzle).
 //
 // A block: kGroups consumer warp groups, each with kRowTiles tiles of 64 rows x kTokens tokens, and one producer warp
-// that keeps a ring of kStages buffers of 128 inputs filled. While the tensor cores multiply one batch (64 inputs of
-// one row tile), the same warps dequantise the next into the other register buffer. Blocks are persistent: they walk
-// over the output tiles (and their splits of K), and the producer runs ahead while the consumers store.
+// that keeps a ring of kStages buffers of 128 inputs filled. While the tensor cores multiply one batch (32 or 64 inputs
+// of one row tile), the same warps dequantise the next into other registers. Blocks are persistent: they walk over the
+// output tiles (and their splits of K), and the producer runs ahead while the consumers store.
 #pragma once
 
 #include "tsld/params.cuh"

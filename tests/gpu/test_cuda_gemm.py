@@ -73,7 +73,7 @@ def test_ragged_shapes(make_layer, bits, group_size, n, k, target) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3, 5])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
 def test_split_k(make_layer, tokens, splits) -> None:
     layer = make_layer(200, 2100, 2, 0)
     gemm = LowBitGemm.pack(*layer.arguments())
