@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gemm_timing import microseconds_per_call, rotation
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.cuda_gemm import LowBitGemm, build_kernel
 from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
-from tsld_fx.codegen.select_config import Plan, resident_blocks
+from tsld_fx.codegen.select_config import Plan, resident_blocks, whole_splits
 from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
@@ -70,7 +71,11 @@ def wgmma_candidates(m: int) -> list[GemmConfig]:
         if rt * tokens > 256 or tokens >= 2 * max(m, 16) or (m >= 4 * tokens and tokens < 128):
             continue
         found.append(GemmConfig(tokens, 4 * groups, 1, 1, rt, stages, "wgmma"))
-    return found
+    if m <= 64:  # weights with buffers of their own, sums in clusters
+        for c, cluster, ahead in itertools.product(list(found), (False, True), (0, 2, 3)):
+            if c.warps_n == 4 and c.row_tiles == 1 and c.tokens >= m and (ahead == 0 or c.stages <= 4 * ahead - 3):
+                found.append(replace(c, cluster=cluster, ahead=ahead))
+    return list(dict.fromkeys(found))
 
 
 def tile_candidates(m: int) -> list[GemmConfig]:
@@ -131,6 +136,8 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
     tiles = math.prod(Plan(config).tiles(m, weights.row_tiles))
     found = []
     for splits in SPLITS:
+        if config.cluster and whole_splits(Plan(config, splits), weights.chunks).splits != splits:
+            continue
         per_split = -(-weights.chunks // splits)
         if splits > 1 and (per_split < config.stage_chunks or -(-weights.chunks // per_split) != splits):
             continue
@@ -145,6 +152,8 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
                 shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, multiprocessors)
                 if shared * per_sm <= limit and per_sm * config.threads <= 2048:
                     found.append(plan)
+        elif config.cluster:
+            found += [Plan(config, splits)] * (splits > 1)
         elif splits == 1 or tiles * splits <= 4.5 * multiprocessors:
             most = min(6, resident_blocks(config, spec))
             found += [Plan(config, splits, per_sm) for per_sm in range(1, most + 1)]

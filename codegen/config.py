@@ -40,6 +40,8 @@ class GemmConfig:
     kernel: "stream" (few tokens; all warps lie along the inputs), "cluster" (Hopper, ternary, some tens of tokens; the
         blocks that split K form a cluster), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
         all warps lie along the rows) or "tile" (many tokens without Hopper's instructions).
+    cluster: wgmma, up to 64 tokens, ternary: the blocks that split K form a cluster and add up in its shared memory.
+    ahead: wgmma, likewise: buffers of four chunks that weights have for themselves; 0 puts them beside x in the stages.
     digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
     """
 
@@ -51,6 +53,8 @@ class GemmConfig:
     stages: int
     kernel: Literal["stream", "cluster", "mma", "tile", "wgmma"] = "mma"
     digits: bool = False
+    cluster: bool = False
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.walks and (self.warps_m != 1 or self.warps_n != 1 or self.tokens > 64):
@@ -60,6 +64,13 @@ class GemmConfig:
             )
         if self.digits and (self.kernel != "stream" or self.tokens > 2):
             raise BackendError(f"GemmConfig {self.name}: digits are for stream kernels of one or two tokens.")
+        if (self.cluster or self.ahead) and (
+            self.kernel != "wgmma" or self.tokens > 64 or 0 < 4 * self.ahead < self.stages + 3
+        ):
+            raise BackendError(
+                f"GemmConfig {self.name}: clusters and weights with buffers of their own are for wgmma kernels of up "
+                "to 64 tokens, and stages for at most 4 * ahead - 3."
+            )
         if self.persistent and (
             self.warps_m * self.warps_k != 1
             or self.warps_n % 4
@@ -74,16 +85,18 @@ class GemmConfig:
     @property
     def walks(self) -> bool:
         """Whether a block walks over several row groups, with its inputs of x in shared memory for good."""
-        return self.kernel == "stream" or self.clusters
+        return self.kernel in ("stream", "cluster")
 
     @property
     def clusters(self) -> bool:
         """Whether the blocks that share inputs form a cluster and need no workspace in global memory."""
-        return self.kernel == "cluster"
+        return self.kernel == "cluster" or self.cluster
 
     def serves(self, spec: KernelSpec) -> bool:
         """Whether there is such a kernel for these weights, activations and target."""
-        if self.clusters and (spec.bits != 2 or spec.group not in (0, 128) or spec.quantised is not None):
+        if (self.clusters or self.ahead) and (
+            spec.bits != 2 or spec.group not in (0, 128) or spec.quantised is not None
+        ):
             return False
         if self.kernel == "tile" and (spec.bits != 2 or spec.group or spec.quantised is not None):
             return False
@@ -169,10 +182,13 @@ class GemmConfig:
         if self.persistent:
             tiles = self.block_rows // TILE_ROWS
             meta = 0 if (spec.bits, spec.group) == (2, 128) else meta_bytes(spec)  # WgmmaConfig::kOwnScales
-            stage = self.tokens * CHUNK * spec.x_bytes + tiles * (tile_bytes(spec.bits) + meta)
+            stage = self.tokens * CHUNK * spec.x_bytes + tiles * (tile_bytes(spec.bits) * (self.ahead == 0) + meta)
             store = 2 * 32 * (64 * 2 + 16) * (self.tokens * (3 - spec.x_bytes) > 64)  # of a warp group
             store += self.tokens * 4 * (spec.x_bytes == 1)  # the tokens' scales
-            return 1024 + self.stages * stage + self.warps_n // 4 * store
+            store += self.cluster * 64 * self.row_tiles * self.tokens * 4
+            return (
+                1024 + self.stages * stage + self.ahead * 4 * tiles * tile_bytes(spec.bits) + self.warps_n // 4 * store
+            )
         if self.kernel == "tile":
             codes = self.warps_n * self.row_tiles * tile_bytes(spec.bits)
             store = self.threads // 32 * self.token_tiles * 8 * max(_PAD_ROWS * 4, self.row_tiles * TILE_ROWS * 2 + 16)
@@ -203,6 +219,7 @@ class GemmConfig:
         return (
             f"{self.kernel}_t{self.tokens}_w{self.warps_n}x{self.warps_m}x{self.warps_k}"
             f"_r{self.row_tiles}_s{self.stages}{'_digits' * self.digits}"
+            f"{'_cluster' * self.cluster}{f'_a{self.ahead}' * (self.ahead > 0)}"
         )
 
     def fitted(self, spec: KernelSpec, limit: int) -> GemmConfig:

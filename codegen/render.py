@@ -54,6 +54,8 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
             raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
         activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
     arguments = [activation, spec.bits, spec.group, *shape, config.stages]
+    if config.cluster or config.ahead:
+        arguments += [str(config.cluster).lower(), config.ahead]
     if config.digits and (spec.bits != 2 or spec.group):
         raise BackendError(f"{config.name} takes ternary weights with one scale per row, not {spec}.")
     if spec.norm or spec.gated or config.digits:

@@ -39,6 +39,8 @@ class Plan:
 
     def grid(self, m: int, row_tiles: int, multiprocessors: int) -> tuple[int, int, int]:
         rows, tokens = self.tiles(m, row_tiles)
+        if self.config.cluster:  # one output tile a cluster
+            return rows * tokens, 1, self.splits
         if self.config.persistent:
             return min(rows * tokens * self.splits, multiprocessors * self.per_sm), 1, 1
         if self.config.walks:
@@ -185,6 +187,17 @@ def _with_digits(spec: KernelSpec, plan: Plan, m: int, tiles: int, chunks: int, 
     return found if fits else plan
 
 
+def whole_splits(plan: Plan, chunks: int) -> Plan:
+    """The plan with the most splits, up to its own, that leave no block without inputs and that share the token tiles
+    of a wgmma cluster equally."""
+
+    def whole(splits: int) -> bool:
+        full = _ceil_div(chunks, _ceil_div(chunks, splits)) == splits
+        return full and (not plan.config.cluster or plan.config.tokens // 8 % splits == 0)
+
+    return replace(plan, splits=next(s for s in range(plan.splits, 0, -1) if whole(s)))
+
+
 def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
     """The plan for y[m, n] = x[m, k] @ weights[n, k].T on a machine with so many multiprocessors."""
     if spec.quantised and not spec.hopper:
@@ -194,7 +207,7 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
         )
     row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
     for plan in _tuned(spec, n, k, m):
-        plan = replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))
+        plan = whole_splits(plan, chunks)
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability):
             break
     else:
@@ -202,4 +215,4 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
     plan = _with_digits(spec, plan, m, row_tiles, chunks, multiprocessors)
     if plan.counters(m, row_tiles, multiprocessors) > COUNTERS_PER_LAUNCH and plan.config.kernel != "stream":
         plan = replace(plan, splits=1)
-    return replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))  # no empty split
+    return whole_splits(plan, chunks)

@@ -25,12 +25,12 @@ constexpr int kTileRows = 16, kChunk = 128;
 struct Kernel {
   const char* name;
   Kind kind;
-  int threads, block_rows, block_tokens, tokens, warps_k, digits;
+  int threads, block_rows, block_tokens, tokens, warps_k, digits, cluster;
   int64_t shared_bytes;          // that do not depend on the shape
   const unsigned char* const* images;  // by target
 
-  bool clusters() const { return kind == kCluster; }  // the blocks that share K form a cluster
-  bool walks() const { return kind == kStream || clusters(); }        // a block takes several row groups
+  bool clusters() const { return kind == kCluster || cluster; }  // the blocks that share K form a cluster
+  bool walks() const { return kind == kStream || kind == kCluster; }        // a block takes several row groups
 };
 
 struct Target {
@@ -77,6 +77,7 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
     const int64_t blocks = std::min<int64_t>(rows * tokens * range->splits, multiprocessors * range->per_sm);
     out.grid[0] = blocks, out.grid[1] = 1, out.grid[2] = 1;
     out.partial_floats = range->splits * rows * tokens * kernel.block_rows * kernel.tokens;
+    if (kernel.cluster) out.grid[0] = rows * tokens, out.grid[2] = range->splits;
   } else {
     out.partial_floats = range->splits * m * row_tiles * kTileRows;
   }
@@ -93,8 +94,8 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
     if (kernel.kind == kCluster) out.shared_bytes += received;
     if (kernel.kind == kStream && linear.bits > 2) out.shared_bytes += groups * kernel.block_rows;
     out.counters = out.grid[0] * out.grid[1];
-    if (kernel.clusters()) out.partial_floats = out.counters = 0;
   }
+  if (kernel.clusters()) out.partial_floats = out.counters = 0;
   return out;
 }
 

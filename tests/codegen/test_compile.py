@@ -53,6 +53,8 @@ def test_no_spills_where_blocks_form_clusters(activation: str, group: int) -> No
     spec = KernelSpec(activation, 2, group, "sm_90a")  # type: ignore[arg-type]
     shapes = [(16, 16, 2, 3, "cluster"), (8, 8, 4, 3, "cluster")]
     configs = [GemmConfig(t, 1, 1, warps, rows, stages, kernel) for t, warps, rows, stages, kernel in shapes]  # type: ignore[arg-type]
+    more = ((64, 5, True, 3), (32, 6, True, 0), (16, 8, False, 3))
+    configs += [GemmConfig(t, 4, 1, 1, 1, s, "wgmma", cluster=cluster, ahead=ahead) for t, s, cluster, ahead in more]
     _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
     assert not [r for r in parse_resources(log) if r.stack or r.spill_stores or r.spill_loads]
     assert "C7510" not in log

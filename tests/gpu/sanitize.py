@@ -42,6 +42,10 @@ WGMMA = [
     Plan(GemmConfig(64, 4, 1, 1, 2, 3, "wgmma"), 1),
     Plan(GemmConfig(128, 8, 1, 1, 1, 3, "wgmma"), 2),
 ]
+WGMMA_TERNARY = [  # one scale per row or 128 inputs
+    Plan(GemmConfig(64, 4, 1, 1, 1, 4, "wgmma", cluster=True), 2),
+    Plan(GemmConfig(32, 8, 1, 1, 1, 4, "wgmma", ahead=2), 3),
+]
 CLUSTER = [Plan(GemmConfig(16, 1, 1, 16, 2, 3, "cluster"), 2), Plan(GemmConfig(32, 1, 1, 8, 1, 4, "cluster"), 1)]
 QUANTISED = [
     Plan(GemmConfig(64, 4, 1, 1, 1, 4, "wgmma"), 2),
@@ -56,7 +60,8 @@ def cases(wgmma: bool) -> Iterator[Case]:
     for bits, group in KINDS:
         layer = random_layer(299, 1187, bits, group)
         plans = STREAM + MMA + (TILE if bits == 2 and not group else []) + (WGMMA if asynchronous else [])
-        plans += CLUSTER if hopper and bits == 2 and group in (0, 128) else []
+        if bits == 2 and group in (0, 128):
+            plans += (CLUSTER if hopper else []) + (WGMMA_TERNARY if asynchronous else [])
         for plan in plans:
             if group and plan.config.kernel == "mma" and plan.config.tokens == 128:
                 plan = Plan(GemmConfig(128, 4, 2, 1, 1, 3), plan.splits)

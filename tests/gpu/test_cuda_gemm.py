@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tsld_fx.codegen import LowBitGemm
 from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.select_config import Plan
+from tsld_fx.codegen.select_config import Plan, whole_splits
 from tsld_fx.errors import BackendError
 
 pytestmark = pytest.mark.gpu
@@ -272,6 +272,27 @@ def test_wgmma_with_sixteen_tokens(make_layer) -> None:
         plan = Plan(GemmConfig(16, 4 * groups, 1, 1, row_tiles, 4, "wgmma"), splits)
         for m in (1, 9, 16, 35):
             check(gemm, layer.weight, m, torch.float16, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize(("n", "k"), [(40, 200), (1021, 3000), (40000, 1500)])
+def test_wgmma_with_clusters_and_buffers_for_weights(make_layer, n, k, group_size, dtype) -> None:
+    """Tiles and chunks that end early, several output tiles a block, unequal splits; the same bits every time."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's kernels")
+    layer = make_layer(n, k, 2, group_size)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    for tokens, warps_n, stages, splits, cluster, ahead in (
+        (64, 4, 5, 2, True, 3), (32, 4, 6, 4, True, 0), (32, 8, 5, 3, False, 2), (16, 4, 8, 1, False, 3),
+        (64, 8, 3, 8, True, 0), (64, 4, 4, 1, False, 2), (16, 4, 4, 2, True, 2),
+    ):  # fmt: skip
+        config = GemmConfig(tokens, warps_n, 1, 1, 1, stages, "wgmma", cluster=cluster, ahead=ahead)
+        plan = whole_splits(Plan(config, splits), gemm.weights.chunks)
+        for m in (1, tokens - 1, tokens + 1):
+            check(gemm, layer.weight, m, dtype, plan)
+        x = torch.randn(tokens, k, dtype=dtype, device="cuda")
+        assert torch.equal(gemm(x, plan=plan), gemm(x, plan=plan))
 
 
 def test_four_bit_weights_refuse_quantised_activations(make_layer) -> None:
