@@ -302,7 +302,7 @@ class LowBitGemm:
             shape = (m, rows.shape[1], params.ldx)
             arguments.append(tensor_map(rows.data_ptr(), rows.dtype, *shape, plan.config.tokens))
         overlaps = self._overlap and overlap is not False
-        cluster = (1, 1, plan.splits) if plan.config.clusters and plan.splits > 1 else None
+        cluster = (1, 1, plan.splits) if plan.config.cluster and plan.splits > 1 else None
         prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps, cluster=cluster)
 
 
