@@ -16,6 +16,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gemm_timing import microseconds_per_call, rotation
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.cuda_gemm import LowBitGemm, build_kernel
 from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
-from tsld_fx.codegen.select_config import Plan, resident_blocks
+from tsld_fx.codegen.select_config import Plan, resident_blocks, whole_splits
 from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
@@ -55,13 +56,17 @@ def stream_candidates(m: int) -> list[GemmConfig]:
     ]
 
 
-def cluster_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
+def digits_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
     tokens = next(t for t in (8, 16, 32, 64) if t >= m)
-    found = [
-        GemmConfig(tokens, 1, 1, warps, rt, stages, "cluster")
-        for warps, rt, stages in itertools.product((8, 16), (1, 2, 3, 4), (3, 4))
+    if spec.hopper:
+        shapes = itertools.product((8, 12, 16, 20, 24), (4,), (3, 4, 5))
+    else:
+        shapes = itertools.product((8, 12, 16), (1, 2, 3), (2, 3, 4))
+    return [
+        GemmConfig(tokens, 1, 1, warps, rt, stages, "digits", cluster=spec.hopper)
+        for warps, rt, stages in shapes
+        if spec.hopper or (rt * tokens <= 48 and warps * rt * (stages - 1) >= 24)
     ]
-    return [c for c in found if c.row_tiles * tokens <= 128 and c.cluster_registers(spec) * c.threads <= 65536]
 
 
 def wgmma_candidates(m: int) -> list[GemmConfig]:
@@ -70,7 +75,11 @@ def wgmma_candidates(m: int) -> list[GemmConfig]:
         if rt * tokens > 256 or tokens >= 2 * max(m, 16) or (m >= 4 * tokens and tokens < 128):
             continue
         found.append(GemmConfig(tokens, 4 * groups, 1, 1, rt, stages, "wgmma"))
-    return found
+    if m <= 64:  # weights with buffers of their own, sums in clusters
+        for c, cluster, ahead in itertools.product(list(found), (False, True), (0, 2, 3)):
+            if c.warps_n == 4 and c.row_tiles == 1 and c.tokens >= m and (ahead == 0 or c.stages <= 4 * ahead - 3):
+                found.append(replace(c, cluster=cluster, ahead=ahead))
+    return list(dict.fromkeys(found))
 
 
 def tile_candidates(m: int) -> list[GemmConfig]:
@@ -87,8 +96,8 @@ def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[G
     """Configurations of these kernels that serve `m` tokens and whose names match the regular expression `only`."""
     wanted = kernels.split(",")
     found = stream_candidates(m) if "stream" in wanted and m <= 64 and not spec.quantised else []
-    if "cluster" in wanted and m <= 64:
-        found += cluster_candidates(spec, m)
+    if "digits" in wanted and m <= 64:
+        found += digits_candidates(spec, m)
     if "mma" in wanted and not spec.quantised:
         found += mma_candidates(m)
     if "tile" in wanted and not spec.quantised and spec.bits == 2 and not spec.group and m > 32:
@@ -131,6 +140,8 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
     tiles = math.prod(Plan(config).tiles(m, weights.row_tiles))
     found = []
     for splits in SPLITS:
+        if config.cluster and whole_splits(Plan(config, splits), weights.chunks).splits != splits:
+            continue
         per_split = -(-weights.chunks // splits)
         if splits > 1 and (per_split < config.stage_chunks or -(-weights.chunks // per_split) != splits):
             continue
@@ -138,13 +149,15 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
             if splits == 1 or 0.4 * multiprocessors < tiles * splits <= 4.5 * multiprocessors:
                 found.append(Plan(config, splits))
         elif config.walks:
-            if config.clusters and splits > 2:  # larger clusters leave multiprocessors idle
+            if config.cluster and splits > 2:  # larger clusters leave multiprocessors idle
                 continue
             for per_sm in (1, 2, 4) if config.kernel == "stream" else range(1, config.least_blocks(spec) + 1):
                 plan = Plan(config, splits, per_sm)
                 shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, multiprocessors)
                 if shared * per_sm <= limit and per_sm * config.threads <= 2048:
                     found.append(plan)
+        elif config.cluster:
+            found += [Plan(config, splits)] * (splits > 1)
         elif splits == 1 or tiles * splits <= 4.5 * multiprocessors:
             most = min(6, resident_blocks(config, spec))
             found += [Plan(config, splits, per_sm) for per_sm in range(1, most + 1)]
@@ -209,7 +222,7 @@ def write_table(path: Path, found: list[dict[str, Any]], bits: int, group: int, 
         if winner is None or kind != (bits, bool(group), quantised):
             return False
         # other kinds of weights borrow the entry behind a winner that does not serve them
-        return not GemmConfig(**winner["config"]).clusters or GemmConfig(**entry["config"]).clusters
+        return not GemmConfig(**winner["config"]).cluster or GemmConfig(**entry["config"]).cluster
 
     kept = [e for e in kept if not superseded(e)]
     ranges = token_ranges(sorted({f["m"] for f in found}))
@@ -230,7 +243,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--quantised", choices=("int8", "fp8"), help="round the activations first (timed with it)")
-    parser.add_argument("--kernels", default="stream,cluster,mma,tile,wgmma")
+    parser.add_argument("--kernels", default="stream,digits,mma,tile,wgmma")
     parser.add_argument("--only", default="", help="a regular expression: configurations whose names match it")
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop searching after so long")

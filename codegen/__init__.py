@@ -9,10 +9,23 @@ layout.py         canonical packed weights -> kernel layout
 workspace.py      memory for split-K
 cuda_gemm.py      LowBitGemm, the call
 
-Importing builds nothing and touches no GPU.
+Importing builds nothing and touches no GPU; torch is imported with `LowBitGemm`.
 """
 
-from tsld_fx.codegen.cuda_gemm import LowBitGemm
+from typing import TYPE_CHECKING
+
 from tsld_fx.codegen.spec import KernelSpec
 
+if TYPE_CHECKING:
+    from tsld_fx.codegen.cuda_gemm import LowBitGemm
+
 __all__ = ["KernelSpec", "LowBitGemm"]
+
+
+def __getattr__(name: str) -> object:
+    """`LowBitGemm`, on its first use."""
+    if name == "LowBitGemm":
+        from tsld_fx.codegen.cuda_gemm import LowBitGemm
+
+        return LowBitGemm
+    raise AttributeError(f"module 'tsld_fx.codegen' has no attribute {name!r}")

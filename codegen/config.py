@@ -35,11 +35,15 @@ class GemmConfig:
 
     tokens: rows of x staged per block (1 for one token; otherwise the tokens of a block).
     warps_n x warps_m x warps_k: how the warps share output rows, tokens and inputs.
-    row_tiles: 16-row tiles per warp (mma, stream, cluster) or 64-row tiles per warp group of four warps (wgmma).
+    row_tiles: 16-row tiles per warp (mma, stream, digits; 4 per warp group where digits use wgmma) or 64-row tiles per
+        warp group of four warps (wgmma).
     stages: buffers of the asynchronous copies.
-    kernel: "stream" (few tokens; all warps lie along the inputs), "cluster" (Hopper, ternary, some tens of tokens; the
-        blocks that split K form a cluster), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
+    kernel: "stream" (few tokens; all warps lie along the inputs), "digits" (ternary, some tens of tokens: two bytes of
+        x on the 8-bit tensor cores), "mma" (any number of tokens), "wgmma" (Hopper, many tokens;
         all warps lie along the rows) or "tile" (many tokens without Hopper's instructions).
+    cluster: wgmma, digits; Hopper, up to 64 tokens, ternary: the blocks that split K form a cluster and add up in its
+        shared memory. digits take their products from wgmma then.
+    ahead: wgmma, ternary: buffers of four chunks that weights have for themselves; 0 puts them beside x in the stages.
     digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
     """
 
@@ -49,8 +53,10 @@ class GemmConfig:
     warps_k: int
     row_tiles: int
     stages: int
-    kernel: Literal["stream", "cluster", "mma", "tile", "wgmma"] = "mma"
+    kernel: Literal["stream", "digits", "mma", "tile", "wgmma"] = "mma"
     digits: bool = False
+    cluster: bool = False
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.walks and (self.warps_m != 1 or self.warps_n != 1 or self.tokens > 64):
@@ -60,6 +66,19 @@ class GemmConfig:
             )
         if self.digits and (self.kernel != "stream" or self.tokens > 2):
             raise BackendError(f"GemmConfig {self.name}: digits are for stream kernels of one or two tokens.")
+        if self.ahead and (self.kernel != "wgmma" or self.tokens > 64 or 4 * self.ahead < self.stages + 3):
+            raise BackendError(
+                f"GemmConfig {self.name}: weights have buffers of their own in wgmma kernels of up to 64 tokens, for "
+                "at most 4 * ahead - 3 stages."
+            )
+        if self.cluster and (self.kernel not in ("wgmma", "digits") or self.tokens > 64):
+            raise BackendError(f"GemmConfig {self.name}: clusters are for wgmma and digits kernels of up to 64 tokens.")
+        groups_of_warps = not self.cluster or (self.warps_k % 4 == 0 and self.row_tiles == 4)
+        if self.kernel == "digits" and (self.tokens % 8 or not groups_of_warps):
+            raise BackendError(
+                f"GemmConfig {self.name}: a digits kernel takes a multiple of 8 tokens, and with clusters four row "
+                "tiles and whole groups of four warps."
+            )
         if self.persistent and (
             self.warps_m * self.warps_k != 1
             or self.warps_n % 4
@@ -74,20 +93,16 @@ class GemmConfig:
     @property
     def walks(self) -> bool:
         """Whether a block walks over several row groups, with its inputs of x in shared memory for good."""
-        return self.kernel == "stream" or self.clusters
-
-    @property
-    def clusters(self) -> bool:
-        """Whether the blocks that share inputs form a cluster and need no workspace in global memory."""
-        return self.kernel == "cluster"
+        return self.kernel in ("stream", "digits")
 
     def serves(self, spec: KernelSpec) -> bool:
         """Whether there is such a kernel for these weights, activations and target."""
-        if self.clusters and (spec.bits != 2 or spec.group not in (0, 128) or spec.quantised is not None):
+        some = self.kernel == "digits" or self.cluster or self.ahead
+        if some and (spec.bits != 2 or spec.group not in (0, 128) or spec.quantised is not None):
             return False
         if self.kernel == "tile" and (spec.bits != 2 or spec.group or spec.quantised is not None):
             return False
-        return spec.hopper or not (self.clusters or self.persistent)
+        return spec.hopper or not (self.cluster or self.persistent)
 
     @property
     def tensor_copies(self) -> bool:
@@ -114,8 +129,13 @@ class GemmConfig:
         """Blocks that shall fit on one multiprocessor: bounds the registers that the compiler may take."""
         if self.moves_registers:
             return 1
-        if self.kernel == "cluster":
-            return max(1, _REGISTERS // (self.threads * self.cluster_registers(spec)))
+        if self.kernel == "digits":
+            if self.cluster:
+                registers = 8 * self.token_tiles + 80 + 12 * self.token_tiles * bool(spec.group)
+            else:
+                registers = 8 * self.row_tiles * self.token_tiles + 4 * self.row_tiles + 8 * self.token_tiles + 32
+                registers += 4 * self.row_tiles * self.token_tiles * bool(spec.group)
+            return max(1, _REGISTERS // (self.threads * _round_up(max(registers, 96), 8)))  # 96: x in the making
         if self.kernel == "wgmma":
             registers, warps = self.row_tiles * self.tokens // 2 + 72, self.threads // 32
             registers += 24 * (self.row_tiles > 1 and self.tokens == 16)  # addresses of two row tiles
@@ -135,12 +155,6 @@ class GemmConfig:
         registers += 32 * self.digits  # activations in the making
         return max(1, min(_REGISTERS // (self.threads * registers), 1024 // self.threads))
 
-    def cluster_registers(self, spec: KernelSpec) -> int:
-        """Registers that a thread of a cluster kernel wants: sums, codes, x, addresses."""
-        sums = self.row_tiles * self.token_tiles * (8 if spec.group else 4)
-        codes = self.row_tiles * 4
-        return _round_up(sums + codes + 8 * self.token_tiles + 44, 8)
-
     @property
     def token_tiles(self) -> int:
         """8-token tiles per warp."""
@@ -148,7 +162,7 @@ class GemmConfig:
 
     @property
     def block_rows(self) -> int:
-        """Rows of an output tile; for stream and cluster: of a row group, of which a block has several."""
+        """Rows of an output tile; for stream and digits: of a row group, of which a block has several."""
         return self.warps_n * self.row_tiles * TILE_ROWS
 
     @property
@@ -165,14 +179,20 @@ class GemmConfig:
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Shared memory of a block that does not depend on the shape, bytes; kSharedBytes of the configuration."""
         if self.walks:
-            return self.warps_k * self.stages * self.row_tiles * (tile_bytes(spec.bits) + meta_bytes(spec))
+            teams = self.warps_k // 4 if self.cluster else self.warps_k
+            stage = self.row_tiles * self.unit_chunks * (tile_bytes(spec.bits) + meta_bytes(spec))
+            unfinished = self.tokens * (self.block_rows + 4) * 4 * (self.kernel == "digits")
+            return teams * max(self.stages * stage, unfinished)
         if self.persistent:
             tiles = self.block_rows // TILE_ROWS
             meta = 0 if (spec.bits, spec.group) == (2, 128) else meta_bytes(spec)  # WgmmaConfig::kOwnScales
-            stage = self.tokens * CHUNK * spec.x_bytes + tiles * (tile_bytes(spec.bits) + meta)
+            stage = self.tokens * CHUNK * spec.x_bytes + tiles * (tile_bytes(spec.bits) * (self.ahead == 0) + meta)
             store = 2 * 32 * (64 * 2 + 16) * (self.tokens * (3 - spec.x_bytes) > 64)  # of a warp group
             store += self.tokens * 4 * (spec.x_bytes == 1)  # the tokens' scales
-            return 1024 + self.stages * stage + self.warps_n // 4 * store
+            store += self.cluster * 64 * self.row_tiles * self.tokens * 4
+            return (
+                1024 + self.stages * stage + self.ahead * 4 * tiles * tile_bytes(spec.bits) + self.warps_n // 4 * store
+            )
         if self.kernel == "tile":
             codes = self.warps_n * self.row_tiles * tile_bytes(spec.bits)
             store = self.threads // 32 * self.token_tiles * 8 * max(_PAD_ROWS * 4, self.row_tiles * TILE_ROWS * 2 + 16)
@@ -185,7 +205,7 @@ class GemmConfig:
 
     def shape_bytes(self, spec: KernelSpec, groups: int, chunks: int, splits: int) -> int:
         """Shared memory that depends on the shape, bytes: a block's row groups and chunks, and the blocks that share
-        the inputs (gemm_stream.cuh, gemm_cluster.cuh)."""
+        the inputs (gemm_stream.cuh, gemm_digits.cuh)."""
         if not self.walks:
             return 0
         rows = self.row_tiles * TILE_ROWS
@@ -193,16 +213,25 @@ class GemmConfig:
         if self.digits:
             x_bytes = chunks * (self.tokens * CHUNK * 4 + 16) + self.tokens * 16
         slots = (groups + self.warps_k) * self.tokens * (rows + 4) * 4
-        if self.kernel == "cluster":
-            received = splits * _ceil_div(self.tokens, splits) * groups * rows * 4 * (splits > 1)
-            return x_bytes + slots + received
+        if self.kernel == "digits":
+            padding = 128 if self.cluster else 32
+            x_bytes = _round_up(chunks, self.unit_chunks) * (2 * self.tokens * CHUNK + padding) + self.tokens * 16
+            slots = groups * self.tokens * (rows + 4) * 4
+            received = splits * _ceil_div(self.tokens, splits) * groups * rows * 4
+            return x_bytes + slots + received * (self.cluster and splits > 1)
         return x_bytes + slots + (groups * rows if spec.bits > 2 else 0)
+
+    @property
+    def unit_chunks(self) -> int:
+        """Chunks that a warp of a stream or digits kernel takes at once."""
+        return 2 if self.cluster else 1
 
     @property
     def name(self) -> str:
         return (
             f"{self.kernel}_t{self.tokens}_w{self.warps_n}x{self.warps_m}x{self.warps_k}"
             f"_r{self.row_tiles}_s{self.stages}{'_digits' * self.digits}"
+            f"{'_cluster' * self.cluster}{f'_a{self.ahead}' * (self.ahead > 0)}"
         )
 
     def fitted(self, spec: KernelSpec, limit: int) -> GemmConfig:

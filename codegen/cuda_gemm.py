@@ -18,7 +18,7 @@ from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel, te
 from tsld_fx.codegen.layout import KernelWeights, to_kernel_layout
 from tsld_fx.codegen.quantise import quantise_tokens
 from tsld_fx.codegen.render import kernel_name, render
-from tsld_fx.codegen.select_config import Plan, choose
+from tsld_fx.codegen.select_config import Plan, choose, whole_splits
 from tsld_fx.codegen.spec import Activation, KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
@@ -253,6 +253,8 @@ class LowBitGemm:
         chosen = plan or self.plan(m, activation, quantise)
         if chosen.splits > 1 and chosen.counters(m, tiles, chip) > workspace.COUNTERS_PER_LAUNCH:
             raise BackendError(f"{chosen} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1.")
+        if chosen.config.cluster and whole_splits(chosen, self.weights.chunks) != chosen:
+            raise BackendError(f"{chosen} leaves blocks of a cluster without work; use fewer splits.")
         made = _Prepared(
             chosen, spec, _kernel(spec, chosen.config, self.device.index), chosen.grid(m, tiles, chip),
             chosen.shared_bytes(spec, m, tiles, self.weights.chunks, chip),
@@ -300,7 +302,7 @@ class LowBitGemm:
             shape = (m, rows.shape[1], params.ldx)
             arguments.append(tensor_map(rows.data_ptr(), rows.dtype, *shape, plan.config.tokens))
         overlaps = self._overlap and overlap is not False
-        cluster = (1, 1, plan.splits) if plan.config.clusters and plan.splits > 1 else None
+        cluster = (1, 1, plan.splits) if plan.config.cluster and plan.splits > 1 else None
         prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps, cluster=cluster)
 
 

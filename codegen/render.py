@@ -41,11 +41,11 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         entry, shape = "Stream", [config.tokens, config.warps_k, config.row_tiles]
     elif not config.serves(spec):
         raise BackendError(
-            f"{config.name} does not serve {spec}: Hopper's kernels need sm_90a, and those with clusters ternary "
-            "weights with one scale per row or 128 inputs and 16-bit activations. Choose another configuration."
+            f"{config.name} does not serve {spec}: Hopper's kernels need sm_90a, and digits ternary weights with one "
+            "scale per row or 128 inputs and 16-bit activations. Choose another configuration."
         )
-    elif config.kernel == "cluster":
-        entry, shape = "Cluster", [config.tokens, config.warps_k, config.row_tiles]
+    elif config.kernel == "digits":
+        entry, shape = "Digits", [config.tokens, config.warps_k, config.row_tiles]
     else:
         entry, shape = config.kernel.title(), [config.tokens, config.warps_n // 4, config.row_tiles]
     activation = f"tsld::{_TYPES[spec.activation]}"
@@ -54,6 +54,10 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
             raise BackendError(f"{config.name} takes 16-bit activations only. Choose a wgmma configuration for {spec}.")
         activation = f"tsld::{_QUANTISED[spec.quantised]}<{activation}>"
     arguments = [activation, spec.bits, spec.group, *shape, config.stages]
+    if config.kernel == "digits":
+        arguments.append(str(config.cluster).lower())
+    elif config.cluster or config.ahead:
+        arguments += [str(config.cluster).lower(), config.ahead]
     if config.digits and (spec.bits != 2 or spec.group):
         raise BackendError(f"{config.name} takes ternary weights with one scale per row, not {spec}.")
     if spec.norm or spec.gated or config.digits:

@@ -39,10 +39,15 @@ class Plan:
 
     def grid(self, m: int, row_tiles: int, multiprocessors: int) -> tuple[int, int, int]:
         rows, tokens = self.tiles(m, row_tiles)
+        if self.config.persistent and self.config.cluster:  # one output tile a cluster
+            return rows * tokens, 1, self.splits
         if self.config.persistent:
             return min(rows * tokens * self.splits, multiprocessors * self.per_sm), 1, 1
         if self.config.walks:
-            rows = max(1, min(rows, multiprocessors * self.per_sm // (tokens * self.splits)))
+            room = multiprocessors * self.per_sm // tokens
+            if self.config.cluster and self.splits > 2:  # larger clusters leave multiprocessors idle
+                room = room * 10 // 11
+            rows = max(1, min(rows, room // self.splits))
         return rows, tokens, self.splits
 
     def shared_bytes(self, spec: KernelSpec, m: int, row_tiles: int, chunks: int, multiprocessors: int) -> int:
@@ -54,15 +59,15 @@ class Plan:
 
     def counters(self, m: int, row_tiles: int, multiprocessors: int) -> int:
         """Arrival counters that a split launch uses."""
-        if self.config.clusters:
+        if self.config.cluster:
             return 0
-        if self.config.kernel == "stream":
+        if self.config.walks:
             return math.prod(self.grid(m, row_tiles, multiprocessors)[:2])
         return math.prod(self.tiles(m, row_tiles))
 
     def partial_floats(self, m: int, row_tiles: int) -> int:
         """float32 values of the partial sums of a split launch, in global memory."""
-        if self.config.clusters:
+        if self.config.cluster:
             return 0
         if self.config.persistent:
             return self.splits * math.prod(self.tiles(m, row_tiles)) * self.config.block_rows * self.config.tokens
@@ -72,6 +77,7 @@ class Plan:
 # tokens -> tiles, for what the tuned table does not cover; found on an H200, see docs/cuda.md
 _STREAM = {t: GemmConfig(t, 1, 1, 16, 1, 4, "stream") for t in (1, 2, 4, 8)}
 MOST_DIGIT_TOKENS = 0  # up to so many (2 at most), stream kernels take ternary weights with int8 digits of x
+_MOST_DIGITS_CHUNKS = 16  # of a block of a digits kernel: its x is off by less than 1e-3 (relative Frobenius error)
 _MOST_DIGIT_INPUTS = 1 << 17  # for which the sums of digits fit into 32 bits
 _MANY_ROW_GROUPS = 4 * 132  # from here on a stream kernel has work enough to take four row tiles at once
 _MMA = {
@@ -132,6 +138,8 @@ def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> list[Plan]:
         config = GemmConfig(**entry["config"])
         if spec.group and not entry["group"] and config.kernel == "mma":  # scales take registers: smaller warp tiles
             config = replace(config, row_tiles=max(1, min(config.row_tiles, 16 // config.token_tiles)))
+        if spec.group and not entry["group"] and config.kernel == "digits" and not config.cluster:
+            config = replace(config, row_tiles=min(config.row_tiles, 2))
         if not config.walks:
             config = config.fitted(spec, shared_limit(spec.capability))
         plan = Plan(config, int(entry["splits"]), int(entry["per_sm"]))
@@ -185,6 +193,17 @@ def _with_digits(spec: KernelSpec, plan: Plan, m: int, tiles: int, chunks: int, 
     return found if fits else plan
 
 
+def whole_splits(plan: Plan, chunks: int) -> Plan:
+    """The plan with the most splits, up to its own, that leave no block without inputs and that share the token tiles
+    of a wgmma cluster equally."""
+
+    def whole(splits: int) -> bool:
+        full = _ceil_div(chunks, _ceil_div(chunks, splits)) == splits
+        return full and (not plan.config.cluster or plan.config.tokens // 8 % splits == 0)
+
+    return replace(plan, splits=next(s for s in range(plan.splits, 0, -1) if whole(s)))
+
+
 def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
     """The plan for y[m, n] = x[m, k] @ weights[n, k].T on a machine with so many multiprocessors."""
     if spec.quantised and not spec.hopper:
@@ -194,7 +213,9 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
         )
     row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
     for plan in _tuned(spec, n, k, m):
-        plan = replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))
+        plan = whole_splits(plan, chunks)
+        if plan.config.kernel == "digits" and _ceil_div(chunks, plan.splits) > _MOST_DIGITS_CHUNKS:
+            continue
         if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability):
             break
     else:
@@ -202,4 +223,4 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
     plan = _with_digits(spec, plan, m, row_tiles, chunks, multiprocessors)
     if plan.counters(m, row_tiles, multiprocessors) > COUNTERS_PER_LAUNCH and plan.config.kernel != "stream":
         plan = replace(plan, splits=1)
-    return replace(plan, splits=_ceil_div(chunks, _ceil_div(chunks, plan.splits)))  # no empty split
+    return whole_splits(plan, chunks)

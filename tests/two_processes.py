@@ -16,7 +16,6 @@ from tsld_fx.runs import write_json
 
 
 def run(folder: Path, batch_size: int) -> None:
-    torch.set_num_threads(1)
     backend = "gloo" if "WORLD_SIZE" in os.environ else None
     if backend:
         torch.distributed.init_process_group(backend)
@@ -44,4 +43,5 @@ def run(folder: Path, batch_size: int) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,19 +1,21 @@
-// y[m, n] = x[m, k] * dequantised(weights)[n, k]^T with Hopper's wgmma (sm_90a), for many tokens.
+// y[m, n] = x[m, k] * dequantised(weights)[n, k]^T with Hopper's wgmma (sm_90a), for nine tokens and more.
 //
 // The weights are the register operand: a warp of a warp group holds 16 of its 64 rows, which is the fragment layout
 // of mma.m16n8k16, so the same packed weights serve both kernels. x is the shared-memory operand, brought by the
 // tensor copy engine in panels of 64 inputs (128-byte rows, 128-byte swizzle).
 //
 // A block: kGroups consumer warp groups, each with kRowTiles tiles of 64 rows x kTokens tokens, and one producer warp
-// that keeps a ring of kStages buffers of 128 inputs filled. While the tensor cores multiply one batch (64 inputs of
-// one row tile), the same warps dequantise the next into the other register buffer. Blocks are persistent: they walk
-// over the output tiles (and their splits of K), and the producer runs ahead while the consumers store.
+// that keeps a ring of kStages buffers of 128 inputs filled; with few tokens weights may have a ring of their own, which
+// reaches further ahead, because memory takes longer to answer than L2, where x is. While the tensor cores multiply one batch (32 or 64 inputs
+// of one row tile), the same warps dequantise the next into other registers. Blocks are persistent: they walk over the
+// output tiles (and their splits of K), and the producer runs ahead while the consumers store.
 #pragma once
 
 #include "tsld/params.cuh"
 #include "tsld/wgmma_config.cuh"
 #include "tsld/wgmma_operand.cuh"
 #include "tsld/wgmma_output.cuh"
+#include "tsld/wgmma_splits.cuh"
 
 namespace tsld {
 
@@ -47,13 +49,26 @@ class WgmmaGemm {
         barrier_init(full(s), 1);
         barrier_init(empty(s), C::kWarps);
       }
+      for (int b = 0; b < C::kAhead; ++b) barrier_init(buffer_full(b), 1);
       barrier_init_done();
     }
+    if constexpr (C::kCluster) cluster_arrive_relaxed();  // this block has started
     allow_next_kernel();
     __syncthreads();
     if (warp_ >= C::kWarps) {
       if constexpr (C::kMoveRegisters) registers_decrease<24>();
-      if (warp_ == C::kWarps) produce();
+      if (warp_ == C::kWarps) {
+        if constexpr (C::kAhead != 0)
+          produce_apart();
+        else
+          produce();
+      }
+      if constexpr (C::kCluster) {
+        __syncwarp();
+        cluster_wait();
+        cluster_arrive();
+        cluster_wait();
+      }
     } else {
       if constexpr (C::kMoveRegisters) registers_increase<240>();
       consume();
@@ -65,29 +80,38 @@ class WgmmaGemm {
   struct Work {
     int row_block, token_block, split, first_chunk, chunks;
   };
-  __device__ __forceinline__ int work_count() const { return row_blocks_ * token_blocks_ * splits_; }
+  __device__ __forceinline__ int work_count() const {
+    return row_blocks_ * token_blocks_ * (C::kCluster ? 1 : splits_);
+  }
   __device__ __forceinline__ Work work(int index) const {
-    const int split = index / (row_blocks_ * token_blocks_), first = split * p_.chunks_per_split;
+    const int split = C::kCluster ? blockIdx.z : index / (row_blocks_ * token_blocks_), first = split * p_.chunks_per_split;
     return {index % row_blocks_, index / row_blocks_ % token_blocks_, split, first,
             min(p_.chunks_per_split, p_.chunks - first)};
   }
 
   __device__ __forceinline__ u32 full(int stage) const { return shared_address(memory_) + stage * 16; }
   __device__ __forceinline__ u32 empty(int stage) const { return full(stage) + 8; }
-  __device__ __forceinline__ int& arrival_flag() const { return *reinterpret_cast<int*>(memory_ + 512); }
   __device__ __forceinline__ u32 x_stage(int stage) const {
     return shared_address(memory_) + C::kBarrierBytes + stage * C::kStageBytes;
   }
   __device__ __forceinline__ u32 weight_stage(int stage) const { return x_stage(stage) + C::kXBytes; }
   __device__ __forceinline__ u32 meta_stage(int stage) const { return x_stage(C::kStages) + stage * C::kMetaBytes; }
 
-  // A position in the ring; it goes on from one work item to the next.
-  struct Ring {
+  __device__ __forceinline__ u32 buffer_full(int buffer) const { return shared_address(memory_) + 256 + buffer * 8; }
+  __device__ __forceinline__ u32 weight_buffer(int buffer) const {
+    return x_stage(C::kStages) + C::kStages * C::kMetaBytes + buffer * C::kBufferBytes;
+  }
+
+  // A position in a ring; it goes on from one work item to the next.
+  template <int kCount>
+  struct RingOf {
     int stage = 0, phase = 0;
     __device__ __forceinline__ void advance() {
-      if (++stage == C::kStages) stage = 0, phase ^= 1;
+      if (++stage == kCount) stage = 0, phase ^= 1;
     }
   };
+  using Ring = RingOf<C::kStages>;
+  using Buffers = RingOf<C::kAhead>;
 
   // ---- producer warp ----
 
@@ -135,26 +159,81 @@ class WgmmaGemm {
     }
   }
 
+  // Four chunks of weights, or what is left of them.
+  __device__ __forceinline__ void copy_buffer(int buffer, const Work& w, int first) const {
+    const int bytes = min(4, w.chunks - first) * Weights::kBytes;
+    if (lane_ == 0) barrier_expect(buffer_full(buffer), C::kBlockTiles * bytes);
+    __syncwarp();
+    if (lane_ < C::kBlockTiles) {
+      const int tile = min(w.row_block * C::kBlockTiles + lane_, p_.row_tiles - 1);
+      const i64 block = static_cast<i64>(tile) * p_.chunks + w.first_chunk + first;
+      copy_bytes(weight_buffer(buffer) + lane_ * (4 * Weights::kBytes),
+                 static_cast<const char*>(p_.weights) + block * Weights::kBytes, bytes, buffer_full(buffer));
+    }
+  }
+
+  // Weights in buffers of their own. That x has been read says the same of its weights.
+  __device__ __forceinline__ void produce_apart() const {
+    if (lane_ == 0) prefetch_map(x_map_);
+    Ring ring, last;
+    Buffers buffers;
+    int filled = 0;
+    for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
+      const Work w = work(index);
+      if (filled > 0) barrier_wait(empty(last.stage), last.phase);  // all weights of the item before have been read
+      int copied = 0;                                               // chunks
+      for (; copied < min(4 * C::kAhead, w.chunks); copied += 4) {
+        copy_buffer(buffers.stage, w, copied);
+        buffers.advance();
+      }
+      if (filled == 0) wait_for_previous_kernel();
+      for (int i = 0; i < w.chunks; ++i, ++filled) {
+        if (filled >= C::kStages) {
+          barrier_wait(empty(ring.stage), ring.phase ^ 1);
+          const int read = i - C::kStages + 1;  // chunks of this item
+          if (read > 0 && read % 4 == 0 && copied < w.chunks) {
+            copy_buffer(buffers.stage, w, copied);
+            buffers.advance();
+            copied += 4;
+          }
+        }
+        if (lane_ == 0) barrier_expect(full(ring.stage), C::kXBytes);
+        __syncwarp();
+        copy_x(ring.stage, w, i);
+        last = ring;
+        ring.advance();
+      }
+    }
+  }
+
   // ---- consumer warp groups ----
 
   __device__ __forceinline__ void consume() const {
     Ring ring;
+    Buffers buffers;
     bool waited = false;
     for (int index = blockIdx.x; index < work_count(); index += gridDim.x) {
       const Work w = work(index);
       if constexpr (T::kBytes == 1) barrier_wait(full(ring.stage), ring.phase);  // x is there, so are its scales
       WgmmaOutput<C> output(p_, meta_stage(C::kStages), memory_, warp_, lane_, w.token_block * C::kTokens,
                             w.row_block * C::kBlockTiles);
+      if constexpr (C::kOwnScales) prefetch_scales(w);
       Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
-      multiply(acc, w, ring);
+      multiply(acc, w, ring, buffers);
       if (!waited) wait_for_previous_kernel();  // before anything is written
       waited = true;
-      if (splits_ == 1 || add_splits(acc, w)) output.store(acc);
+      const WgmmaSplits<C> splits(p_, memory_, splits_);
+      if constexpr (C::kCluster) {
+        const int share = splits.exchange(acc, w.split);
+        output.store(acc, w.split * share, (w.split + 1) * share);
+      } else if (splits_ == 1 || splits.add(acc, w.split, w.token_block * row_blocks_ + w.row_block)) {
+        output.store(acc);
+      }
     }
   }
 
   __device__ __forceinline__ void multiply(Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w,
-                                           Ring& ring) const {
+                                           Ring& ring, Buffers& buffers) const {
     ZeroPoint<T, C::kBits> zero[C::kRowTiles];
     if constexpr (C::kGroup == 0 && C::kBits > 2) {
 #pragma unroll
@@ -176,11 +255,13 @@ class WgmmaGemm {
         for (int j = 0; j < 2 * C::kRowTiles; ++j) factor[j / 2][j % 2] = T::both(scale[j / 2][j % 2]);
         load_scales(scale, w, min(i + 1, w.chunks - 1));
       }
+      if (C::kAhead != 0 && i % 4 == 0) barrier_wait(buffer_full(buffers.stage), buffers.phase);
       barrier_wait(full(ring.stage), ring.phase);
 #pragma unroll
       for (int rt = 0; rt < C::kRowTiles; ++rt) {
         const int tile = C::row_tile(warp_, rt);
-        const u32 weights = weight_stage(ring.stage) + tile * Weights::kBytes;
+        const u32 weights = C::kAhead ? weight_buffer(buffers.stage) + (tile * 4 + i % 4) * Weights::kBytes
+                                      : weight_stage(ring.stage) + tile * Weights::kBytes;
         Vec16 codes;
         if constexpr (C::kBatches == 4) codes = load_shared16(weights + lane_ * 16);
 #pragma unroll
@@ -206,6 +287,7 @@ class WgmmaGemm {
       }
       previous = ring.stage;
       ring.advance();
+      if (C::kAhead != 0 && (i % 4 == 3 || i + 1 == w.chunks)) buffers.advance();
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -218,6 +300,18 @@ class WgmmaGemm {
     if (lane_ == 0) barrier_arrive(empty(stage));
   }
 
+  // From memory they would come later than a chunk ahead.
+  __device__ __forceinline__ void prefetch_scales(const Work& w) const {
+#pragma unroll
+    for (int rt = 0; rt < C::kRowTiles; ++rt) {
+      const int tile = min(w.row_block * C::kBlockTiles + C::row_tile(warp_, rt), p_.row_tiles - 1);
+      const char* from =
+          static_cast<const char*>(p_.meta) + (static_cast<i64>(tile) * p_.chunks + w.first_chunk) * Meta::kBytes;
+      const int bytes = w.chunks * Meta::kBytes;
+      for (int i = lane_ * 128; i < bytes + 128; i += 32 * 128) prefetch_l2(from + min(i, bytes - 1));
+    }
+  }
+
   // Scales of a lane's rows in a chunk.
   __device__ __forceinline__ void load_scales(u16 (&scale)[C::kRowTiles][2], const Work& w, int chunk) const {
 #pragma unroll
@@ -228,60 +322,6 @@ class WgmmaGemm {
 #pragma unroll
       for (int half = 0; half < 2; ++half) scale[rt][half] = from[8 * half];
     }
-  }
-
-  // Split K: every block leaves its sums in the order of its registers; the last to arrive adds them up in the order
-  // of the splits and returns true. The counter is left at zero for the next launch.
-  __device__ __forceinline__ bool add_splits(Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], const Work& w) const {
-    constexpr int kFloats = C::kBlockRows * C::kTokens;  // of a tile
-    const int tile = w.token_block * row_blocks_ + w.row_block;
-    float* mine = p_.partial + static_cast<i64>(tile) * splits_ * kFloats + threadIdx.x * 4;
-#pragma unroll
-    for (int rt = 0; rt < C::kRowTiles; ++rt)
-#pragma unroll
-      for (int nt = 0; nt < C::kTokenTiles; ++nt)
-        store_float4_l2(mine + static_cast<i64>(w.split) * kFloats + (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4,
-                        acc[rt][nt]);
-    C::sync();
-    if (threadIdx.x == 0) {  // the barrier before and this fence publish the sums of all threads
-      __threadfence();
-      arrival_flag() = atomicAdd(p_.counters + tile, 1);
-      if (arrival_flag() == splits_ - 1) p_.counters[tile] = 0;
-      __threadfence();
-    }
-    C::sync();
-    const bool last = arrival_flag() == splits_ - 1;
-    C::sync();  // the flag may be written again
-    if (!last) return false;
-    constexpr int kSlab = imin(C::kTokenTiles, 8), kAtOnce = imax(16 / kSlab, 1);  // 16 loads of a lane in flight
-#pragma unroll
-    for (int rt = 0; rt < C::kRowTiles; ++rt)
-#pragma unroll
-      for (int first = 0; first < C::kTokenTiles; first += kSlab) {
-#pragma unroll
-        for (int nt = first; nt < first + kSlab; ++nt)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0;
-#pragma unroll 1
-        for (int split = 0; split < splits_; split += kAtOnce) {
-          Sum part[kAtOnce][kSlab][4] = {};
-#pragma unroll
-          for (int s = 0; s < kAtOnce; ++s)
-            if (split + s < splits_) {
-#pragma unroll
-              for (int nt = 0; nt < kSlab; ++nt)
-                load_float4_l2(part[s][nt], mine + static_cast<i64>(split + s) * kFloats +
-                                                (rt * C::kTokenTiles + first + nt) * C::kEpilogueThreads * 4);
-            }
-#pragma unroll
-          for (int s = 0; s < kAtOnce; ++s)
-#pragma unroll
-            for (int nt = 0; nt < kSlab; ++nt)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) acc[rt][first + nt][i] += part[s][nt][i];
-        }
-      }
-    return true;
   }
 };
 

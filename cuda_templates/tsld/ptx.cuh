@@ -192,6 +192,12 @@ struct Fp16 {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
   }
+  // The larger of a and |b|, NaN if one is.
+  static __device__ __forceinline__ u32 max_magnitude2(u32 a, u32 b) {
+    u32 r;
+    asm("{\n.reg .b32 t;\nabs.f16x2 t, %2;\nmax.NaN.f16x2 %0, %1, t;\n}\n" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
   // an fp16 value, twice
   static __device__ __forceinline__ u32 both(u16 v) { return v * 0x10001u; }
   static __device__ __forceinline__ float to_float(u16 v) {
@@ -225,6 +231,11 @@ struct Bf16 {
   static __device__ __forceinline__ u32 pack2(float low, float high) {
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  static __device__ __forceinline__ u32 max_magnitude2(u32 a, u32 b) {
+    u32 r;
+    asm("{\n.reg .b32 t;\nabs.bf16x2 t, %2;\nmax.NaN.bf16x2 %0, %1, t;\n}\n" : "=r"(r) : "r"(a), "r"(b));
     return r;
   }
   static __device__ __forceinline__ u32 both(u16 v) {  // of an fp16 value

@@ -18,19 +18,18 @@ namespace tsld_runtime {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
-enum Kind { kStream, kCluster, kMma, kTile, kWgmma };
+enum Kind { kStream, kDigits, kMma, kTile, kWgmma };
 constexpr int kTileRows = 16, kChunk = 128;
 
 // One kernel: its tile shapes, and its compiled image for each target that has it (null: the target does not use it).
 struct Kernel {
   const char* name;
   Kind kind;
-  int threads, block_rows, block_tokens, tokens, warps_k, digits;
-  int64_t shared_bytes;          // that do not depend on the shape
-  const unsigned char* const* images;  // by target
+  int threads, block_rows, block_tokens, tokens, warps_k, digits, cluster;  // cluster: of the blocks that share K
+  int64_t shared_bytes;                                                     // that do not depend on the shape
+  const unsigned char* const* images;                                       // by target
 
-  bool clusters() const { return kind == kCluster; }  // the blocks that share K form a cluster
-  bool walks() const { return kind == kStream || clusters(); }        // a block takes several row groups
+  bool walks() const { return kind == kStream || kind == kDigits; }  // a block takes several row groups
 };
 
 struct Target {
@@ -77,24 +76,30 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
     const int64_t blocks = std::min<int64_t>(rows * tokens * range->splits, multiprocessors * range->per_sm);
     out.grid[0] = blocks, out.grid[1] = 1, out.grid[2] = 1;
     out.partial_floats = range->splits * rows * tokens * kernel.block_rows * kernel.tokens;
+    if (kernel.cluster) out.grid[0] = rows * tokens, out.grid[2] = range->splits;
   } else {
     out.partial_floats = range->splits * m * row_tiles * kTileRows;
   }
   if (kernel.walks()) {
-    const int64_t fitting = multiprocessors * range->per_sm / (tokens * range->splits);
-    out.grid[0] = std::max<int64_t>(1, std::min(rows, fitting));
+    int64_t room = multiprocessors * range->per_sm / tokens;
+    if (kernel.cluster && range->splits > 2) room = room * 10 / 11;  // larger clusters leave multiprocessors idle
+    out.grid[0] = std::max<int64_t>(1, std::min(rows, room / range->splits));
     const int64_t groups = ceil_div(rows, out.grid[0]), slice = ceil_div(chunks, range->splits);
     const int64_t piece = kernel.tokens * (kernel.block_rows + 4) * 4;
-    const int64_t received =
-        range->splits > 1 ? range->splits * ceil_div(kernel.tokens, range->splits) * groups * kernel.block_rows * 4 : 0;
-    out.shared_bytes += kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
-                                      : kernel.tokens * (slice * kChunk * 2 + 16);
-    out.shared_bytes += (groups + kernel.warps_k) * piece;
-    if (kernel.kind == kCluster) out.shared_bytes += received;
-    if (kernel.kind == kStream && linear.bits > 2) out.shared_bytes += groups * kernel.block_rows;
+    if (kernel.kind == kDigits) {
+      const int64_t in_units = kernel.cluster ? ceil_div(slice, 2) * 2 : slice;
+      out.shared_bytes += in_units * (kernel.tokens * kChunk * 2 + (kernel.cluster ? 128 : 32)) + kernel.tokens * 16;
+      out.shared_bytes += groups * piece;
+      if (kernel.cluster && range->splits > 1)
+        out.shared_bytes += range->splits * ceil_div(kernel.tokens, range->splits) * groups * kernel.block_rows * 4;
+    } else {
+      out.shared_bytes += kernel.digits ? slice * (kernel.tokens * kChunk * 4 + 16) + kernel.tokens * 16
+                                        : kernel.tokens * (slice * kChunk * 2 + 16);
+      out.shared_bytes += (groups + kernel.warps_k) * piece + (linear.bits > 2 ? groups * kernel.block_rows : 0);
+    }
     out.counters = out.grid[0] * out.grid[1];
-    if (kernel.clusters()) out.partial_floats = out.counters = 0;
   }
+  if (kernel.cluster) out.partial_floats = out.counters = 0;
   return out;
 }
 
@@ -255,7 +260,7 @@ class Module {
     config.stream = TVMFFIEnvGetStream(where.device_type, where.device_id);
     if (target.capability >= 90) {
       config.attributes = attributes;
-      config.attribute_count = launch.kernel->clusters() && launch.splits > 1 ? 2 : 1;
+      config.attribute_count = launch.kernel->cluster && launch.splits > 1 ? 2 : 1;
     }
     void* kernel = kernel_of(device, where.device_id, *launch.kernel);
     driver().check(driver().launch(&config, kernel, arguments, nullptr), linear.name);

@@ -151,6 +151,9 @@ __device__ __forceinline__ void store_matrices_transposed(u32 address, const u32
                : "memory");
 }
 
+// What generic stores wrote is seen by matrix instructions that are issued later.
+__device__ __forceinline__ void fence_generic_to_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 // ---- mbarrier --------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {

@@ -6,12 +6,14 @@
 
 namespace tsld {
 
-template <class Type_, int kBits_, int kGroup_, int kTokens_, int kGroups_, int kRowTiles_, int kStages_>
+template <class Type_, int kBits_, int kGroup_, int kTokens_, int kGroups_, int kRowTiles_, int kStages_,
+          bool kCluster_ = false, int kAhead_ = 0>
 struct WgmmaConfig {
   using Type = Type_;
   static_assert(Type::kBytes == 2 || (kBits_ == 2 && kGroup_ == 0), "8-bit activations: ternary, one scale per row");
   static constexpr int kBits = kBits_, kGroup = kGroup_, kStages = kStages_, kTokens = kTokens_;
   static constexpr int kGroups = kGroups_;                    // consumer warp groups
+  static constexpr bool kCluster = kCluster_;  // the blocks that split K form a cluster of 1, 2, 4 or 8
   static constexpr int kRowTiles = kRowTiles_;                // 64-row tiles per warp group, a 16-row tile per warp
   static constexpr int kWarps = 4 * kGroups;
   static constexpr int kTokenTiles = kTokens / 8;
@@ -44,15 +46,21 @@ struct WgmmaConfig {
   // Ternary groups of 128 have one scale per row and chunk: consumers read these themselves, a chunk ahead.
   static constexpr bool kOwnScales = kBits == 2 && kGroup == 128;
   static constexpr int kMetaBytes = kOwnScales ? 0 : kBlockTiles * Meta::kBytes;  // of a stage, behind all stages
-  static constexpr int kStageBytes = kXBytes + kWeightBytes;  // a multiple of 1024, so that panels stay aligned
+  // Few tokens: weights have a ring of their own, of kAhead buffers of four chunks, because memory takes longer than L2.
+  static constexpr int kAhead = kAhead_;
+  static_assert(kAhead == 0 || (kBatches == 4 && kStages <= 4 * kAhead - 3), "the ring of x must not outrun the weights");
+  static constexpr int kBufferBytes = 4 * kWeightBytes;
+  static constexpr int kStageBytes = kXBytes + (kAhead ? 0 : kWeightBytes);  // a multiple of 1024: panels stay aligned
   static constexpr int kBarrierBytes = 1024;                  // at the start, so that panels stay aligned
   // Tokens that go through shared memory at once, where that memory does not cost a block per multiprocessor.
   static constexpr int kSlab = kTokens * (3 - Type::kBytes) > 64 ? 32 : 0;
   static constexpr int kStoreStride = 64 * 2 + 16;            // bytes of a token's rows, padded against bank conflicts
   static constexpr int kStoreBytes = 2 * kSlab * kStoreStride; // two buffers of a warp group
   static constexpr int kScaleBytes = Type::kBytes == 1 ? kTokens * 4 : 0;  // the tokens' scales, of a warp group
+  static constexpr int kReceivedBytes = kCluster ? kBlockRows * kTokens * 4 : 0;  // sums of the other blocks
   static constexpr int kSharedBytes =
-      kBarrierBytes + kStages * (kStageBytes + kMetaBytes) + kGroups * (kStoreBytes + kScaleBytes);
+      kBarrierBytes + kStages * (kStageBytes + kMetaBytes) + kAhead * kBufferBytes + kReceivedBytes + kGroups * (kStoreBytes + kScaleBytes);
+  static_assert(!kCluster || (kSlab == 0 && !kMoveRegisters && Type::kBytes == 2), "clusters: up to 64 tokens of 16 bits");
 };
 
 }  // namespace tsld

@@ -49,7 +49,9 @@ class WgmmaOutput {
     }
   }
 
-  __device__ __forceinline__ void store(const Sum (&acc)[C::kRowTiles][C::kTokenTiles][4]) {
+  // Of all token tiles, or of those in [begin, end) where they are stored directly.
+  __device__ __forceinline__ void store(const Sum (&acc)[C::kRowTiles][C::kTokenTiles][4], int begin = 0,
+                                        int end = C::kTokenTiles) {
     if constexpr (T::kBytes == 1) publish_scales();
     const u16* bias = static_cast<const u16*>(p_.bias);
 #pragma unroll
@@ -63,7 +65,7 @@ class WgmmaOutput {
         if (bias != nullptr && row < p_.n) shift[half] = T::Out::to_float(bias[row]);
       }
       if constexpr (C::kSlab == 0)
-        store_directly(acc[rt], tile, first_token_, scale, shift);
+        store_directly(acc[rt], tile, first_token_, scale, shift, begin, end);
       else
         store_slabs(acc[rt], rt, tile, first_token_, scale, shift);
     }
@@ -90,10 +92,12 @@ class WgmmaOutput {
 
   // Few tokens: 8x8 blocks are turned around in registers; a lane then holds two neighbouring rows of a token.
   __device__ __forceinline__ void store_directly(const Sum (&acc)[C::kTokenTiles][4], int tile, int token0,
-                                                 const float (&scale)[2], const float (&shift)[2]) const {
+                                                 const float (&scale)[2], const float (&shift)[2], int begin,
+                                                 int end) const {
     u16* y = static_cast<u16*>(p_.y);
 #pragma unroll
     for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+      if (nt < begin || nt >= end) continue;
       const int first = token0 + nt * 8, token = first + lane_ / 4;
       const float scales[2] = {token_scale(first + lane_ % 4 * 2), token_scale(first + lane_ % 4 * 2 + 1)};
 #pragma unroll

@@ -48,14 +48,18 @@ def test_no_spills_with_activations_of_8_bits(quantised: str) -> None:
     assert "C7510" not in log and "C7513" not in log
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(("activation", "group"), [("fp16", 0), ("bf16", 128)])
-def test_no_spills_where_blocks_form_clusters(activation: str, group: int) -> None:
-    spec = KernelSpec(activation, 2, group, "sm_90a")  # type: ignore[arg-type]
-    shapes = [(16, 16, 2, 3, "cluster"), (8, 8, 4, 3, "cluster")]
-    configs = [GemmConfig(t, 1, 1, warps, rows, stages, kernel) for t, warps, rows, stages, kernel in shapes]  # type: ignore[arg-type]
+def test_no_spills_for_some_tens_of_tokens(activation: str, group: int, target: str) -> None:
+    spec = KernelSpec(activation, 2, group, target)  # type: ignore[arg-type]
+    shapes = [(16, 16, 4, 4), (8, 12, 4, 5)] if spec.hopper else [(16, 16, 2, 3), (8, 12, 1, 4)]
+    configs = [GemmConfig(t, 1, 1, w, r, s, "digits", cluster=spec.hopper) for t, w, r, s in shapes]
+    more = ((64, 5, True, 3), (32, 6, True, 0), (16, 8, False, 3)) if spec.hopper else ()
+    configs += [GemmConfig(t, 4, 1, 1, 1, s, "wgmma", cluster=cluster, ahead=ahead) for t, s, cluster, ahead in more]
     _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
-    assert not [r for r in parse_resources(log) if r.stack or r.spill_stores or r.spill_loads]
-    assert "C7510" not in log
+    assert len(resources := parse_resources(log)) == len(configs)
+    assert not [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
+    assert "C7510" not in log and "C7512" not in log
 
 
 def test_ptx_for_the_driver() -> None:

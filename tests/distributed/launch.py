@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": found, "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**os.environ, **ours}
 
 
 def run_ranks(world_size: int, cases: list[dict[str, Any]], timeout: float = 240) -> None:
@@ -39,6 +42,10 @@ def run_ranks(world_size: int, cases: list[dict[str, Any]], timeout: float = 240
     ]
     try:
         outcomes = [process.communicate(timeout=timeout)[1] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)  # faulthandler writes where each of them is
+        outcomes = [process.communicate(timeout=20)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

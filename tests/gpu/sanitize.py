@@ -42,7 +42,14 @@ WGMMA = [
     Plan(GemmConfig(64, 4, 1, 1, 2, 3, "wgmma"), 1),
     Plan(GemmConfig(128, 8, 1, 1, 1, 3, "wgmma"), 2),
 ]
-CLUSTER = [Plan(GemmConfig(16, 1, 1, 16, 2, 3, "cluster"), 2), Plan(GemmConfig(32, 1, 1, 8, 1, 4, "cluster"), 1)]
+WGMMA_TERNARY = [  # one scale per row or 128 inputs
+    Plan(GemmConfig(64, 4, 1, 1, 1, 4, "wgmma", cluster=True), 2),
+    Plan(GemmConfig(32, 8, 1, 1, 1, 4, "wgmma", ahead=2), 3),
+]
+CLUSTER = [
+    Plan(GemmConfig(t, 1, 1, w, 4, 4, "digits", cluster=True), splits) for t, w, splits in ((16, 16, 2), (32, 8, 1))
+]
+DIGITS = [Plan(GemmConfig(16, 1, 1, 8, 2, 3, "digits"), 2), Plan(GemmConfig(8, 1, 1, 16, 1, 4, "digits"), 1)]
 QUANTISED = [
     Plan(GemmConfig(64, 4, 1, 1, 1, 4, "wgmma"), 2),
     Plan(GemmConfig(256, 8, 1, 1, 1, 3, "wgmma"), 1),
@@ -56,11 +63,13 @@ def cases(wgmma: bool) -> Iterator[Case]:
     for bits, group in KINDS:
         layer = random_layer(299, 1187, bits, group)
         plans = STREAM + MMA + (TILE if bits == 2 and not group else []) + (WGMMA if asynchronous else [])
-        plans += CLUSTER if hopper and bits == 2 and group in (0, 128) else []
+        if bits == 2 and group in (0, 128):
+            plans += DIGITS + (CLUSTER if hopper else []) + (WGMMA_TERNARY if asynchronous else [])
         for plan in plans:
             if group and plan.config.kernel == "mma" and plan.config.tokens == 128:
                 plan = Plan(GemmConfig(128, 4, 2, 1, 1, 3), plan.splits)
-            target = "compute_80" if plan.config.kernel in ("mma", "tile") and hopper else None
+            before_hopper = plan.config.kernel in ("mma", "tile") or plan in DIGITS
+            target = "compute_80" if before_hopper and hopper else None
             m = plan.config.tokens + (5 if plan.config.tokens > 8 else 0)  # one staged token serves one token only
             yield layer, m, plan, None, target
         if bits == 2 and not group and asynchronous:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tsld_fx.codegen import LowBitGemm
 from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.select_config import Plan
+from tsld_fx.codegen.select_config import Plan, whole_splits
 from tsld_fx.errors import BackendError
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +73,7 @@ def test_ragged_shapes(make_layer, bits, group_size, n, k, target) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3, 5])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 128])
 def test_split_k(make_layer, tokens, splits) -> None:
     layer = make_layer(200, 2100, 2, 0)
     gemm = LowBitGemm.pack(*layer.arguments())
@@ -274,30 +274,82 @@ def test_wgmma_with_sixteen_tokens(make_layer) -> None:
             check(gemm, layer.weight, m, torch.float16, plan)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize(("n", "k"), [(40, 200), (1021, 3000), (40000, 1500)])
+def test_wgmma_with_clusters_and_buffers_for_weights(make_layer, n, k, group_size, dtype) -> None:
+    """Tiles and chunks that end early, several output tiles a block, unequal splits; the same bits every time."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("Hopper's kernels")
+    layer = make_layer(n, k, 2, group_size)
+    gemm = LowBitGemm.pack(*layer.arguments())
+    for tokens, warps_n, stages, splits, cluster, ahead in (
+        (64, 4, 5, 2, True, 3), (32, 4, 6, 4, True, 0), (32, 8, 5, 3, False, 2), (16, 4, 8, 1, False, 3),
+        (64, 8, 3, 8, True, 0), (64, 4, 4, 1, False, 2), (16, 4, 4, 2, True, 2),
+    ):  # fmt: skip
+        config = GemmConfig(tokens, warps_n, 1, 1, 1, stages, "wgmma", cluster=cluster, ahead=ahead)
+        plan = whole_splits(Plan(config, splits), gemm.weights.chunks)
+        for m in (1, tokens - 1, tokens + 1):
+            check(gemm, layer.weight, m, dtype, plan)
+        x = torch.randn(tokens, k, dtype=dtype, device="cuda")
+        assert torch.equal(gemm(x, plan=plan), gemm(x, plan=plan))
+
+
 def test_four_bit_weights_refuse_quantised_activations(make_layer) -> None:
     gemm = LowBitGemm.pack(*make_layer(64, 256, 4, 0).arguments())
     with pytest.raises(BackendError, match="only for ternary"):
         gemm(torch.randn(3, 256, dtype=torch.float16, device="cuda"), quantise="int8")
 
 
+def digits_plans(gemm: LowBitGemm, target: str | None) -> list[Plan]:
+    """Row groups that end within a share, warps without work, tokens that no block of a cluster owns."""
+    if target is None and torch.cuda.get_device_capability()[0] == 9:
+        shapes = [(16, 16, 4, 4, 2), (16, 8, 4, 5, 1), (8, 12, 4, 3, 3), (32, 8, 4, 4, 4)]
+        configs = [(GemmConfig(t, 1, 1, w, r, s, "digits", cluster=True), splits) for t, w, r, s, splits in shapes]
+    else:
+        shapes = [(16, 16, 2, 3, 2), (16, 8, 3, 3, 1), (8, 12, 1, 4, 3), (32, 8, 1, 4, 2)]
+        configs = [(GemmConfig(t, 1, 1, w, r, s, "digits"), splits) for t, w, r, s, splits in shapes]
+    chunks, tiles, spec = gemm.weights.chunks, gemm.weights.row_tiles, gemm.spec("fp16")
+    found = [Plan(config, -(-chunks // -(-chunks // splits))) for config, splits in configs]
+    return [p for p in found if p.shared_bytes(spec, 64, tiles, chunks, 132) <= shared_limit(spec.capability)]
+
+
+@pytest.mark.parametrize("target", [None, "compute_80"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [0, 128])
 @pytest.mark.parametrize(("n", "k"), [(40, 200), (1021, 523), (3000, 1100), (37, 4099)])
-def test_kernels_whose_blocks_form_clusters(make_layer, n, k, group_size, dtype) -> None:
-    """Row groups that end within a share, warps without work, tokens that no block owns; the same bits every time."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("Hopper's kernels")
+def test_two_bytes_of_x_for_some_tokens(make_layer, n, k, group_size, dtype, target) -> None:
+    """The kernels that take x as 16-bit integers; the same bits every time."""
     layer = make_layer(n, k, 2, group_size)
-    gemm = LowBitGemm.pack(*layer.arguments())
-    for kernel, tokens, warps, row_tiles in (
-        ("cluster", 16, 16, 2), ("cluster", 16, 8, 3), ("cluster", 8, 16, 4),
-    ):  # fmt: skip
-        for splits in (1, 2):
-            plan = Plan(GemmConfig(tokens, 1, 1, warps, row_tiles, 4, kernel), splits)
-            tiles, chunks, spec = gemm.weights.row_tiles, gemm.weights.chunks, gemm.spec("fp16")
-            if plan.shared_bytes(spec, 64, tiles, chunks, 132) > shared_limit(90):
-                continue  # x of one block
-            for m in (1, tokens - 1, tokens + 1, 35):
-                check(gemm, layer.weight, m, dtype, plan)
-            x = torch.randn(tokens, k, dtype=dtype, device="cuda")
-            assert torch.equal(gemm(x, plan=plan), gemm(x, plan=plan))
+    gemm = LowBitGemm.pack(*layer.arguments(), target=target)
+    plans = digits_plans(gemm, target)
+    assert plans
+    for plan in plans:
+        tokens = plan.config.tokens
+        for m in (1, tokens - 1, tokens + 1, 35):
+            check(gemm, layer.weight, m, dtype, plan)
+        x = torch.randn(tokens, k, dtype=dtype, device="cuda")
+        assert torch.equal(gemm(x, plan=plan), gemm(x, plan=plan))
+
+
+@pytest.mark.parametrize("target", [None, "compute_80"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_two_bytes_of_extreme_x(make_layer, group_size, dtype, target) -> None:
+    """A token with one value, with the largest, with the smallest, with zeros, with Inf and NaN beside plain ones."""
+    layer = make_layer(264, 640, 2, group_size)
+    gemm = LowBitGemm.pack(*layer.arguments(), target=target)
+    x = torch.randn(8, 640, dtype=dtype, device="cuda")
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least above zero
+    x[1], x[2], x[3], x[4, 9], x[5, 630], x[6, 100] = 0, tiny, -0.0, float("inf"), float("nan"), -float("inf")
+    x[1, 300], x[0, 7] = 65504.0, 1000.0
+    exact = x.double() @ layer.weight.T
+    for plan in digits_plans(gemm, target):
+        y = gemm(x, plan=plan)
+        expected = exact.to(dtype)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isposinf(), expected.isposinf()) and torch.equal(y.isneginf(), expected.isneginf())
+        for token in range(8):
+            finite = expected[token].isfinite()
+            error, size = (y[token].double() - exact[token])[finite].norm(), exact[token][finite].norm()
+            assert error <= TOLERANCE[dtype] * size + 264 * tiny, f"{plan.config.name}, token {token}"

@@ -43,7 +43,7 @@ def test_two_gpus_train_as_one(tmp_path: Path) -> None:
 def test_failure_of_one_process_reaches_the_other(tmp_path: Path, mode: str, how: str) -> None:
     case = fsdp(2, **KEEP) if mode == "fsdp" else pipeline(mode, **KEEP)
     broken = on_gpu({**case, "breaks": {**NAN["breaks"], "how": how}})
-    run_ranks(2, [{"folder": str(tmp_path), **broken}], timeout=60)
+    run_ranks(2, [{"folder": str(tmp_path), **broken}], timeout=80)
     told = [read_json(tmp_path / f"error_{rank}.json") for rank in (0, 1)]
     cause = "process 1: RuntimeError: out of coffee" if how == "raise" else "the loss of process 1 is nan"
     assert all(cause in t["text"] for t in told)

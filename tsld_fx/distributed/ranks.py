@@ -178,7 +178,7 @@ class Ranks:
             self._store.set(_FAILED, f"process {self.rank}: {_text(error)}")
         if self.device.type == "cuda":
             _abort_collectives()
-        if leave:
+        elif leave:
             with contextlib.suppress(Exception):  # close the connections, which wakes the others
                 dist.destroy_process_group()
 
@@ -224,10 +224,13 @@ def finite_everywhere(loss: Tensor) -> None:
 
 
 def _abort_collectives() -> None:
-    """Let NCCL's kernels of this process end; whoever waits for one goes on and fails at the next."""
-    for group in list(dist.distributed_c10d._world.pg_names):
-        with contextlib.suppress(Exception):  # a group without NCCL
-            group._get_backend(torch.device("cuda")).abort()
+    """Let NCCL's kernels of this process end, and forget the groups; whoever waits for one fails at the next."""
+    try:
+        dist.distributed_c10d._abort_process_group()
+    except Exception:  # a backend that cannot be aborted: at least those that wait
+        for group in list(dist.distributed_c10d._world.pg_names):
+            with contextlib.suppress(Exception):
+                group._get_backend(torch.device("cuda")).abort()
 
 
 def _text(error: Exception) -> str:

@@ -1,0 +1,314 @@
+// y[m, n] = x[m, k] * ternary(weights)[n, k]^T for some tens of tokens on the 8-bit tensor cores of sm_80 and later.
+//
+// A block turns its inputs of x into integers X = round(x * 2^s) of 16 bits, s the largest that a token's inputs of the
+// block allow, and keeps them in shared memory for good, as two signed digits to the base 256: x is off by 2^-15 of the
+// token's largest there, at most. A digit is a column of the 8-bit tensor cores, so an AND and a shift give four weights
+// instead of two, with as many matrix instructions as for 16 bits. Sums are exact integers.
+//
+// As in gemm_stream.cuh, the grid fills the machine once, and teams (warps; warp groups on Hopper) stream equal
+// contiguous shares of (group of kRowTiles row tiles, one or two chunks of 128 inputs) through rings of their own,
+// without waiting for each other. The sums of a group that a team completes go to the group's slot; what it leaves
+// unfinished goes where the rings were. Blocks that split K add their sums in global memory, or, on Hopper, in the
+// shared memory of a cluster, where block r owns every kTokens / splits-th part of the tokens.
+//
+// Shared memory: ring, later unfinished sums | digits of x | scales | slots | sums received, [split][token][row].
+#pragma once
+
+#include "tsld/cluster.cuh"
+#include "tsld/digits_products.cuh"
+#include "tsld/epilogue.cuh"
+#include "tsld/token_digits.cuh"
+
+namespace tsld {
+
+template <class C>
+class DigitsGemm {
+  using T = typename C::Type;
+  using Weights = typename C::Weights;
+  using Meta = typename C::Meta;
+  using Quad = typename If<C::kGroup == 0, int4, float4>::type;
+
+  const GemmParams& p_;
+  char* const memory_;
+  const int warp_, lane_, team_;
+  const int first_chunk_, chunks_;  // the block's inputs
+  const int units_;                 // of a row group; zeros of x fill up the last
+  const int first_group_, groups_;  // the block's rows
+  const u64 policy_;
+
+ public:
+  __device__ __forceinline__ DigitsGemm(const GemmParams& p, void* shared)
+      : p_(p),
+        memory_(static_cast<char*>(shared)),
+        warp_(threadIdx.x / 32),  // not shuffled: nvcc 13.0 turns a uniform ring address into an illegal LDGSTS
+        lane_(threadIdx.x % 32),
+        team_(__shfl_sync(~0u, threadIdx.x / (32 * C::kTeam), 0)),  // known to be the same in all lanes
+        first_chunk_(blockIdx.z * p.chunks_per_split),
+        chunks_(min(p.chunks_per_split, p.chunks - first_chunk_)),
+        units_(ceil_div(chunks_, C::kUnit)),
+        first_group_(share_start(all_groups(), gridDim.x, blockIdx.x)),
+        groups_(share_start(all_groups(), gridDim.x, blockIdx.x + 1) - first_group_),
+        policy_(evict_first_policy()) {}
+
+  __device__ __forceinline__ void run(void*) {
+    if (C::kHopper && splits() > 1) cluster_arrive_relaxed();
+    allow_next_kernel();
+    const int begin = team_start(team_), end = team_start(team_ + 1);
+    const int group = begin / units_, unit = begin % units_;
+    Source source = {*this, group, unit};
+    u32 filled = ring();
+#pragma unroll
+    for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
+    fetch_scales();
+    wait_for_previous_kernel();
+    TokenDigits<C> digits(p_, token0(), tokens(), first_chunk_, chunks_, units_ * C::kUnit);
+    digits.stage(x_memory(), scales());
+    if constexpr (C::kHopper) fence_generic_to_async();
+    __syncthreads();
+
+    DigitsProducts<C> acc;
+    const u32 first_x = shared_address(x_memory()), last_x = first_x + (units_ - 1) * C::kUnitBytes;
+    u32 at = ring(), x = first_x + unit * C::kUnitBytes;
+    int* slot = slots() + group * C::kSlot;
+    for (int left = end - begin; left > 0; --left) {
+      cp_async_wait<C::kStages - 2>();
+      load_unit(source, filled, left >= C::kStages);
+      if constexpr (C::kGroup != 0) __syncwarp();  // scales were copied by other lanes
+      acc.multiply(at, x);
+      at = next_stage(at);
+      if (x == last_x) {
+        acc.finish();
+        acc.put(slot);
+        slot[C::kGroupRows] = team_;  // in the padding
+        x = first_x, slot += C::kSlot;
+      } else {
+        x += C::kUnitBytes;
+      }
+    }
+    acc.finish();
+    cp_async_wait<0>();
+    __syncthreads();
+    if (end > begin && x != first_x) acc.put(unfinished(team_));
+    __syncthreads();
+    if (splits() == 1) {
+      add_pieces([&](int token, int row, const float(&sum)[4]) {
+        store_outputs<T>(p_, token0() + token, first_group_ * C::kGroupRows + row, sum);
+      });
+    } else if constexpr (C::kHopper) {
+      cluster_wait();  // every block of the cluster has started
+      const int share = tokens_per_block();
+      add_pieces([&](int token, int row, const float(&sum)[4]) {
+        store_remote(received(split(), token % share, row), token / share, sum);
+      });
+      cluster_arrive();
+      cluster_wait();
+      add_received_and_store();
+    } else {
+      add_pieces([&](int token, int row, const float(&sum)[4]) {
+        store_float4_l2(partial_sum(p_, split(), token0() + token, first_group_ * C::kGroupRows + row), sum);
+      });
+      if (last_of_splits()) add_partial_sums_and_store();
+    }
+  }
+
+ private:
+  // Where a lane loads from next. Reads up to kRowTiles - 1 tiles past the last: the packed weights have such room.
+  struct Source {
+    const char* weights;
+    const char* meta;
+    int unit;
+
+    __device__ __forceinline__ Source(const DigitsGemm& gemm, int group, int first) : unit(first) {
+      const i64 tile = (gemm.first_group_ + group) * C::kRowTiles + gemm.warp_ % C::kTeam * C::kTiles;
+      const i64 block = tile * gemm.p_.chunks + gemm.first_chunk_ + first * C::kUnit;
+      weights = static_cast<const char*>(gemm.p_.weights) + block * Weights::kBytes + gemm.lane_ * 16;
+      meta = static_cast<const char*>(gemm.p_.meta) + block * Meta::kBytes + gemm.lane_ * 16;
+    }
+
+    __device__ __forceinline__ void advance(const DigitsGemm& gemm) {
+      int blocks = C::kUnit;
+      if (++unit == gemm.units_) unit = 0, blocks += C::kRowTiles * gemm.p_.chunks - gemm.units_ * C::kUnit;
+      weights += static_cast<i64>(blocks) * Weights::kBytes;
+      if constexpr (C::kGroup != 0) meta += static_cast<i64>(blocks) * Meta::kBytes;
+    }
+  };
+
+  // Read again where they are wanted: the loop needs the registers.
+  static __device__ __forceinline__ int split() { return blockIdx.z; }
+  static __device__ __forceinline__ int splits() { return gridDim.z; }
+  static __device__ __forceinline__ int token0() { return blockIdx.y * C::kTokens; }
+  __device__ __forceinline__ int tokens() const { return min(C::kTokens, p_.m - token0()); }
+
+  // `total` items in `parts` contiguous shares whose sizes differ by one at most
+  static __device__ __forceinline__ int share_start(int total, int parts, int part) {
+    return static_cast<u32>(total) * part / parts;
+  }
+  __device__ __forceinline__ int all_groups() const { return (p_.row_tiles + C::kRowTiles - 1) / C::kRowTiles; }
+  __device__ __forceinline__ int team_start(int team) const { return share_start(groups_ * units_, C::kTeams, team); }
+  __device__ __forceinline__ int tokens_per_block() const { return (C::kTokens + splits() - 1) / splits(); }
+
+  __device__ __forceinline__ u32 ring() const {  // the warp's first stage
+    return shared_address(memory_) + warp_ * (C::kStages * C::kStageBytes);
+  }
+  __device__ __forceinline__ u32 next_stage(u32 stage) const {
+    return stage == ring() + (C::kStages - 1) * C::kStageBytes ? ring() : stage + C::kStageBytes;
+  }
+  __device__ __forceinline__ int* unfinished(int team) const { return reinterpret_cast<int*>(memory_) + team * C::kSlot; }
+  __device__ __forceinline__ char* x_memory() const { return memory_ + C::kSharedBytes; }
+  __device__ __forceinline__ DigitScale* scales() const {
+    return reinterpret_cast<DigitScale*>(x_memory() + ceil_div(p_.chunks_per_split, C::kUnit) * C::kUnitBytes);
+  }
+  __device__ __forceinline__ int* slots() const { return reinterpret_cast<int*>(scales() + C::kTokens); }
+  __device__ __forceinline__ float* received(int split, int token, int row) const {
+    return reinterpret_cast<float*>(slots() + groups_ * C::kSlot) +
+           (split * tokens_per_block() + token) * (groups_ * C::kGroupRows) + row;
+  }
+
+  // What the end of the kernel needs, into L2.
+  __device__ __forceinline__ void fetch_scales() const {
+    const int row = first_group_ * C::kGroupRows + threadIdx.x * 32;
+    if (threadIdx.x * 32 >= groups_ * C::kGroupRows || row >= p_.row_tiles * kTileRows) return;
+    prefetch_l2(p_.row_scale + row);
+    if (p_.bias != nullptr && row < p_.n) prefetch_l2(static_cast<const u16*>(p_.bias) + row);
+  }
+
+  __device__ __forceinline__ void load_unit(Source& source, u32& stage, bool wanted) const {
+    if (wanted) {
+      const u32 to = stage + lane_ * 16;
+      const int last = min(C::kUnit, chunks_ - source.unit * C::kUnit) - 1;  // chunks past it stand for any: x is zero
+#pragma unroll
+      for (int rt = 0; rt < C::kTiles; ++rt) {
+        const i64 tile = static_cast<i64>(rt) * p_.chunks;
+#pragma unroll
+        for (int u = 0; u < C::kUnit; ++u)
+          cp_async_stream(to + (rt * C::kUnit + u) * Weights::kBytes,
+                          source.weights + (tile + min(u, last)) * Weights::kBytes, policy_);
+        if constexpr (C::kGroup != 0) {
+          const int over = max(0, lane_ * 16 / Meta::kBytes - last);
+          if (lane_ < C::kUnit * Meta::kBytes / 16)
+            cp_async_stream(to + C::kMetaAt + rt * C::kUnit * Meta::kBytes, source.meta + (tile - over) * Meta::kBytes,
+                            policy_);
+        }
+      }
+      source.advance(*this);
+      stage = next_stage(stage);
+    }
+    cp_async_commit();
+  }
+
+  // Calls take(token, row of the block, sums of four rows) for every four rows and token.
+  template <class Take>
+  __device__ __forceinline__ void add_pieces(const Take& take) const {
+    constexpr int kRowQuads = C::kGroupRows / 4;
+    for (int q = threadIdx.x; q < groups_ * kRowQuads * C::kTokens; q += C::kThreads) {
+      const int r = q % kRowQuads * 4, token = q / kRowQuads % C::kTokens, group = q / (kRowQuads * C::kTokens);
+      const int row = group * C::kGroupRows + r, all_row = first_group_ * C::kGroupRows + row;
+      if (token >= tokens() || all_row >= p_.row_tiles * kTileRows) continue;
+      const int at = token * C::kSlotStride + r;
+      // Those before the one that completed the group have pieces of it.
+      const int* complete = slots() + group * C::kSlot;
+      Quad sum = *reinterpret_cast<const Quad*>(complete + at);
+      for (int team = complete[C::kGroupRows]; team_start(team) > group * units_; --team) {
+        if (team_start(team - 1) == team_start(team)) continue;  // fewer units than teams: some have no share
+        const Quad piece = *reinterpret_cast<const Quad*>(unfinished(team - 1) + at);
+        sum.x += piece.x, sum.y += piece.y, sum.z += piece.z, sum.w += piece.w;
+      }
+      const DigitScale scale = scales()[token];
+      float out[4] = {static_cast<float>(sum.x), static_cast<float>(sum.y), static_cast<float>(sum.z),
+                      static_cast<float>(sum.w)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] *= scale.first;
+      if (!scale.finite) exact_rows(out, token0() + token, all_row);
+      take(token, row, out);
+    }
+  }
+
+  // Four rows and a token that has no digits, one product after another: 0 * Inf is NaN, as everywhere. Slow.
+  __device__ __forceinline__ void exact_rows(float (&sum)[4], int token, int row) const {
+    const int k0 = first_chunk_ * kChunk, end = min(p_.k, k0 + chunks_ * kChunk);
+    const u16* x = static_cast<const u16*>(p_.x) + token * p_.ldx;
+    const u32* tile = static_cast<const u32*>(p_.weights) + static_cast<i64>(row / 16) * p_.chunks * 128;
+    const u16* scales = static_cast<const u16*>(p_.meta);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = 0.f;
+#pragma unroll 1
+    for (int k = k0; k < end; ++k) {
+      const float value = T::to_float(x[k]);
+      const int part = 4 * (k / 16 % 2) + 2 * (k / 8 % 2) + row / 8 % 2, shift = 14 - 2 * part + 16 * (k % 2);
+      const u32* word = tile + k / 128 * 128 + k % 8 / 2 * 4 + k % 128 / 32;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const u32 code = word[(row % 8 + i) * 16] >> shift & 3;
+        float weight = code == 1 ? 2.f : code == 3 ? -2.f : 0.f;
+        if constexpr (C::kGroup != 0)
+          weight *= Fp16::to_float(scales[(row / 16 * p_.chunks + k / 128) * 16 + row % 16 + i]);
+        sum[i] += weight * value;
+      }
+    }
+  }
+
+  // Whether all other blocks with these rows and tokens have written their sums; the counter goes back to zero.
+  __device__ __forceinline__ bool last_of_splits() const {
+    int& arrived = *reinterpret_cast<int*>(memory_);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();  // for all threads: they met at the barrier
+      int* counter = p_.counters + blockIdx.y * gridDim.x + blockIdx.x;
+      arrived = atomicAdd(counter, 1);
+      if (arrived == splits() - 1) *counter = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    return arrived == splits() - 1;
+  }
+
+  // In the order of the splits; several loads at once.
+  __device__ __forceinline__ void add_partial_sums_and_store() const {
+    constexpr int kRowQuads = C::kGroupRows / 4, kBatch = 4;
+    const int rows = p_.row_tiles * kTileRows - first_group_ * C::kGroupRows;
+    for (int first = threadIdx.x; first < groups_ * kRowQuads * C::kTokens; first += kBatch * C::kThreads) {
+      float4 sum[kBatch] = {};
+      int row[kBatch], token[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int q = first + b * C::kThreads;
+        token[b] = q / kRowQuads % C::kTokens;
+        row[b] = q / (kRowQuads * C::kTokens) * C::kGroupRows + q % kRowQuads * 4;
+        if (row[b] >= min(rows, groups_ * C::kGroupRows) || token[b] >= tokens()) row[b] = -1;
+      }
+#pragma unroll 2
+      for (int split = 0; split < splits(); ++split) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          if (row[b] < 0) continue;
+          const float4 part = __ldcg(reinterpret_cast<const float4*>(
+              partial_sum(p_, split, token0() + token[b], first_group_ * C::kGroupRows + row[b])));
+          sum[b].x += part.x, sum[b].y += part.y, sum[b].z += part.z, sum[b].w += part.w;
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const float out[4] = {sum[b].x, sum[b].y, sum[b].z, sum[b].w};
+        if (row[b] >= 0) store_outputs<T>(p_, token0() + token[b], first_group_ * C::kGroupRows + row[b], out);
+      }
+    }
+  }
+
+  // The block's own tokens: the sums of all splits, in their order.
+  __device__ __forceinline__ void add_received_and_store() const {
+    constexpr int kRowQuads = C::kGroupRows / 4;
+    const int share = tokens_per_block(), first = split() * share, mine = min(share, tokens() - first);
+    for (int q = threadIdx.x; q < groups_ * kRowQuads * mine; q += C::kThreads) {
+      const int token = q / kRowQuads % mine, row = q / kRowQuads / mine * C::kGroupRows + q % kRowQuads * 4;
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+      for (int split = 0; split < splits(); ++split) {
+        const float4 part = *reinterpret_cast<const float4*>(received(split, token, row));
+        sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+      }
+      if (first_group_ * C::kGroupRows + row < p_.row_tiles * kTileRows)
+        store_outputs<T>(p_, token0() + first + token, first_group_ * C::kGroupRows + row, sum);
+    }
+  }
+};
+
+}  // namespace tsld
