@@ -199,7 +199,8 @@ def whole_splits(plan: Plan, chunks: int) -> Plan:
 
     def whole(splits: int) -> bool:
         full = _ceil_div(chunks, _ceil_div(chunks, splits)) == splits
-        return full and (not plan.config.cluster or plan.config.tokens // 8 % splits == 0)
+        shared = plan.config.cluster and plan.config.persistent
+        return full and (not shared or plan.config.tokens // 8 % splits == 0)
 
     return replace(plan, splits=next(s for s in range(plan.splits, 0, -1) if whole(s)))
 
