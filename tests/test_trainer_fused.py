@@ -14,6 +14,7 @@ from tests.models import build, ids, left_padded, ternary
 from tests.tiny_runs import Recorder, Rows, arguments, random_rows
 from tsld_fx import DistillConfig, PreparedModel, QuantConfig, TernaryWeight, TSLDTrainer, losses, prepare, quantizers
 from tsld_fx.errors import DataError
+from tsld_fx.fused_loss import HeadLoss, objective_of
 from tsld_fx.headless import without_head
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
@@ -126,6 +127,21 @@ def test_compiled_training_equals_eager_without_graph_breaks(tmp_path: Path) -> 
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] >= 2  # the teacher and the student
+
+
+def test_two_objectives_are_compiled_in_one_process() -> None:
+    tokens = ids()
+    labels, hidden, weight = tokens, torch.randn(*tokens.shape, 8), torch.randn(97, 8)
+    for method in ("tsld", "logit_gt"):  # other weights and temperatures: the second time they are symbols to dynamo
+        objective = objective_of(DistillConfig(method).terms())
+        assert objective is not None
+        student = prepare(build("llama"), QuantConfig()).train()
+        assert student.fuse_head_loss(objective)
+        values = HeadLoss(objective, labels, hidden, weight, None)
+        compiled = torch.compile(student, fullgraph=True, backend="eager")
+        torch.testing.assert_close(
+            compiled(input_ids=tokens, head_loss=values).loss, student(input_ids=tokens, head_loss=values).loss
+        )
 
 
 def test_micro_batches_share_the_quantised_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,16 +30,20 @@ def has_tsld(kinds: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of losses in the form that the operator takes: parallel lists."""
+    """A weighted sum of losses in the form that the operator takes: parallel lists.
+
+    Attributes:
+        key: a name of it, made once: torch.compile cannot format numbers that it has seen change.
+    """
 
     kinds: tuple[str, ...]
     weights: tuple[float, ...]
     temperatures: tuple[float, ...]
+    key: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def key(self) -> str:
-        """A name of it."""
-        return " ".join(f"{k}*{w!r}@{t!r}" for k, w, t in zip(self.kinds, self.weights, self.temperatures, strict=True))
+    def __post_init__(self) -> None:
+        parts = zip(self.kinds, self.weights, self.temperatures, strict=True)
+        object.__setattr__(self, "key", " ".join(f"{k}*{w!r}@{t!r}" for k, w, t in parts))
 
     @property
     def needs_teacher(self) -> bool:
