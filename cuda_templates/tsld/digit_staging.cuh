@@ -9,9 +9,6 @@
 
 namespace tsld {
 
-// 2^e, e from -126 to 127
-__device__ __forceinline__ float power_of_two(int e) { return __uint_as_float(static_cast<u32>(e + 127) << 23); }
-
 // Writes the digits of x, normalised where C::kNorm says so (stream_fusion.cuh), and their scales.
 template <class C>
 class DigitStaging {

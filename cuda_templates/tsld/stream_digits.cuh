@@ -42,6 +42,9 @@ struct DigitScale {
   int pad;
 };
 
+// 2^e, e from -126 to 127
+__device__ __forceinline__ float power_of_two(int e) { return __uint_as_float(static_cast<u32>(e + 127) << 23); }
+
 // The four codes at a place of four bytes as operands, place 0 the top one.
 template <int kPlace>
 __device__ __forceinline__ u32 codes_at(u32 word) {
