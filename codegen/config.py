@@ -210,8 +210,6 @@ class GemmConfig:
             return 0
         rows = self.row_tiles * TILE_ROWS
         x_bytes = self.tokens * (chunks * CHUNK * 2 + 16)
-        if self.digits:
-            x_bytes = chunks * (self.tokens * CHUNK * 4 + 16) + self.tokens * 16
         slots = (groups + self.warps_k) * self.tokens * (rows + 4) * 4
         if self.kernel == "digits":
             padding = 128 if self.cluster else 32
@@ -219,7 +217,11 @@ class GemmConfig:
             slots = groups * self.tokens * (rows + 4) * 4
             received = splits * _ceil_div(self.tokens, splits) * groups * rows * 4
             return x_bytes + slots + received * (self.cluster and splits > 1)
-        return x_bytes + slots + (groups * rows if spec.bits > 2 else 0)
+        if self.digits:
+            raw = CHUNK * 2 * (2 if spec.norm else 1)
+            x_bytes = chunks * (self.tokens * CHUNK * 4 + 64 + raw) + self.tokens * 16 + self.warps_k * 16
+            slots = groups * rows * self.tokens * 16
+        return x_bytes + slots + groups * rows * (4 if spec.bits == 2 else 5)
 
     @property
     def unit_chunks(self) -> int:

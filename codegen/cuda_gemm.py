@@ -255,6 +255,8 @@ class LowBitGemm:
             raise BackendError(f"{chosen} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1.")
         if chosen.config.cluster and whole_splits(chosen, self.weights.chunks) != chosen:
             raise BackendError(f"{chosen} leaves blocks of a cluster without work; use fewer splits.")
+        if chosen.splits > 1 and chosen.config.digits:
+            raise BackendError(f"{chosen}: kernels over digits of x add up all inputs in one block; use splits=1.")
         made = _Prepared(
             chosen, spec, _kernel(spec, chosen.config, self.device.index), chosen.grid(m, tiles, chip),
             chosen.shared_bytes(spec, m, tiles, self.weights.chunks, chip),

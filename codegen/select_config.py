@@ -76,7 +76,7 @@ class Plan:
 
 # tokens -> tiles, for what the tuned table does not cover; found on an H200, see docs/cuda.md
 _STREAM = {t: GemmConfig(t, 1, 1, 16, 1, 4, "stream") for t in (1, 2, 4, 8)}
-MOST_DIGIT_TOKENS = 0  # up to so many (2 at most), stream kernels take ternary weights with int8 digits of x
+MOST_DIGIT_TOKENS = 2  # up to so many (2 at most), stream kernels take ternary weights with int8 digits of x
 _MOST_DIGITS_CHUNKS = 16  # of a block of a digits kernel: its x is off by less than 1e-3 (relative Frobenius error)
 _MOST_DIGIT_INPUTS = 1 << 17  # for which the sums of digits fit into 32 bits
 _MANY_ROW_GROUPS = 4 * 132  # from here on a stream kernel has work enough to take four row tiles at once
@@ -127,13 +127,16 @@ def _tuned(spec: KernelSpec, n: int, k: int, m: int) -> list[Plan]:
     serving = [
         e
         for e in tuned_table(spec.capability)
-        if e["m_min"] <= m <= e["m_max"] and GemmConfig(**e["config"]).serves(spec)
+        if e["m_min"] <= m <= e["m_max"]
+        and GemmConfig(**e["config"]).serves(spec)
+        and (_digits_serve(spec, k, m) or not e["config"].get("digits"))
     ]
     kinds = [(spec.bits, bool(spec.group), spec.quantised)]
     if spec.quantised is None:
         kinds.append((2, False, None))  # where a kind was not tuned, ternary rows are the best guess
     entries = next((found for kind in kinds if (found := [e for e in serving if _kind(e) == kind])), [])
     plans = []
+    entries = sorted(entries, key=lambda e: not e["config"].get("digits"))  # at one distance those with digits first
     for entry in sorted((e for e in entries if distance(e) <= _NEAR), key=distance):
         config = GemmConfig(**entry["config"])
         if spec.group and not entry["group"] and config.kernel == "mma":  # scales take registers: smaller warp tiles
@@ -181,16 +184,19 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
     return replace(plan, splits=_splits(plan, m, row_tiles, chunks, multiprocessors, per_sm))
 
 
-def _with_digits(spec: KernelSpec, plan: Plan, m: int, tiles: int, chunks: int, multiprocessors: int) -> Plan:
-    """The same stream kernel over int8 digits of x, where there is one: half the instructions per weight."""
-    stream = plan.config.kernel == "stream" and plan.splits == 1 and m <= MOST_DIGIT_TOKENS
-    if not stream or spec.bits != 2 or spec.group or chunks * CHUNK > _MOST_DIGIT_INPUTS:
+def _digits_serve(spec: KernelSpec, k: int, m: int) -> bool:
+    """Whether there are stream kernels over int8 digits of x: about a third of the instructions per weight."""
+    ternary = spec.bits == 2 and spec.group == 0 and spec.quantised is None
+    return ternary and m <= MOST_DIGIT_TOKENS and k <= _MOST_DIGIT_INPUTS
+
+
+def _with_digits(plan: Plan, m: int) -> Plan:
+    """The same stream kernel over int8 digits, with tiles that serve these well."""
+    if plan.config.kernel != "stream" or plan.splits > 1 or plan.config.digits:
         return plan
-    row_tiles, stages = (4, 3) if plan.config.row_tiles == 4 else (2, 4)
-    config = replace(plan.config, tokens=m, row_tiles=row_tiles, stages=stages, digits=True)
-    found = replace(plan, config=config)
-    fits = found.shared_bytes(spec, m, tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
-    return found if fits else plan
+    row_tiles = 4 if plan.config.row_tiles == 4 else 2
+    config = replace(plan.config, tokens=m, warps_k=12, row_tiles=row_tiles, stages=4, digits=True)
+    return Plan(config)
 
 
 def whole_splits(plan: Plan, chunks: int) -> Plan:
@@ -213,15 +219,21 @@ def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Pl
             f"{spec.target}. Keep the activations as they are (activations='a16')."
         )
     row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
+
+    def fits(plan: Plan) -> bool:
+        most = replace(spec, norm=True) if plan.config.digits else spec  # the kernels that normalise x take more
+        return plan.shared_bytes(most, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability)
+
     for plan in _tuned(spec, n, k, m):
         plan = whole_splits(plan, chunks)
         if plan.config.kernel == "digits" and _ceil_div(chunks, plan.splits) > _MOST_DIGITS_CHUNKS:
             continue
-        if plan.shared_bytes(spec, m, row_tiles, chunks, multiprocessors) <= shared_limit(spec.capability):
+        if fits(plan):
             break
     else:
         plan = _heuristic(spec, n, k, m, multiprocessors)
-    plan = _with_digits(spec, plan, m, row_tiles, chunks, multiprocessors)
+    if _digits_serve(spec, k, m) and fits(_with_digits(plan, m)):
+        plan = _with_digits(plan, m)
     if plan.counters(m, row_tiles, multiprocessors) > COUNTERS_PER_LAUNCH and plan.config.kernel != "stream":
         plan = replace(plan, splits=1)
     return whole_splits(plan, chunks)

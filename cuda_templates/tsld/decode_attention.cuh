@@ -73,6 +73,7 @@ class DecodeAttention {
     u16* values = static_cast<u16*>(p.value_cache) + cache * D;
     Vec16 key[kUnroll] = {}, value[kUnroll] = {};
     load(key, value, keys, values, begin, end);
+    fetch_later(keys, values, begin + kKeys * kUnroll, end);
     Turn turn = {};
     if (p.tables) turn = turn_of(p, threadIdx.x % D, position);
     wait_for_previous_kernel();
@@ -103,22 +104,16 @@ class DecodeAttention {
       for (int j = 0; j < 8; ++j) wide_q[r][j] = shared.q[r][lane * 8 + j], mine.acc[r][j] = 0.f;
     }
     for (int from = begin; from < end;) {              // the same trip count in every lane of a warp
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        float k[8], w[8];
-        unpack8<T>(k, key[u]);
-        unpack8<T>(w, value[u]);
-        take(mine, wide_q, k, w, from + u * kKeys + first < end);
-      }
+      take(mine, wide_q, key, value, end - from - first);
       from += kKeys * kUnroll;
       if (from < end) load(key, value, keys, values, from, end);
     }
     if (newest) {
-      float k[8], w[8];
+      float k[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) k[j] = shared.key[lane * 8 + j];
-      unpack8<T>(w, reinterpret_cast<const Vec16*>(v)[lane]);
-      take(mine, wide_q, k, w, first == 0);
+      const Vec16 newest_key[1] = {pack8<T>(k)}, newest_value[1] = {reinterpret_cast<const Vec16*>(v)[lane]};
+      take(mine, wide_q, newest_key, newest_value, first == 0);
     }
     merge_lanes(mine);
     if (threadIdx.x % 32 < kLanes) {
@@ -169,22 +164,61 @@ class DecodeAttention {
     }
   }
 
-  // One more key and value; all lanes of a warp take part.
-  static __device__ __forceinline__ void take(Online<R>& mine, const float (&q)[R][8], const float (&k)[8],
-                                              const float (&v)[8], bool counts) {
+  // Positions that come after the first ones, on their way to L2: as many as one line a thread holds.
+  static __device__ __forceinline__ void fetch_later(const u16* keys, const u16* values, int from, int end) {
+    const i64 at = static_cast<i64>(from) * D + threadIdx.x * 64;
+    if (at >= static_cast<i64>(end) * D) return;
+    prefetch_l2(keys + at);
+    prefetch_l2(values + at);
+  }
+
+  // More keys and values, kKeys positions apart; the first of them counts if `left` is positive, and so on. All lanes of a
+  // warp take part.
+  template <int kCount>
+  static __device__ __forceinline__ void take(Online<R>& mine, const float (&q)[R][8], const Vec16 (&key)[kCount],
+                                              const Vec16 (&value)[kCount], int left) {
+    float score[kCount][R];
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      float k[8];
+      unpack8<T>(k, key[u]);
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+        score[u][r] = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) score[u][r] += q[r][j] * k[j];
+      }
+    }
+#pragma unroll
+    for (int step = kLanes / 2; step; step /= 2)
+#pragma unroll
+      for (int u = 0; u < kCount; ++u)
+#pragma unroll
+        for (int r = 0; r < R; ++r) score[u][r] += __shfl_xor_sync(~0u, score[u][r], step);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      float score = 0.f;
+      float most = mine.most[r];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) score += q[r][j] * k[j];
+      for (int u = 0; u < kCount; ++u)
+        if (left > u * kKeys) most = fmaxf(most, score[u][r]);
+      const float keep = exp2f(mine.most[r] - most);
+      mine.most[r] = most, mine.sum[r] *= keep;
 #pragma unroll
-      for (int step = kLanes / 2; step; step /= 2) score += __shfl_xor_sync(~0u, score, step);
-      if (!counts) continue;
-      const float most = fmaxf(mine.most[r], score);
-      const float keep = exp2f(mine.most[r] - most), weight = exp2f(score - most);
-      mine.most[r] = most, mine.sum[r] = mine.sum[r] * keep + weight;
+      for (int j = 0; j < 8; ++j) mine.acc[r][j] *= keep;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) mine.acc[r][j] = mine.acc[r][j] * keep + weight * v[j];
+      for (int u = 0; u < kCount; ++u) {
+        score[u][r] = left > u * kKeys ? exp2f(score[u][r] - most) : 0.f;
+        mine.sum[r] += score[u][r];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      float v[8];
+      unpack8<T>(v, left > u * kKeys ? value[u] : Vec16{});  // 0 * Inf would be NaN
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) mine.acc[r][j] += score[u][r] * v[j];
     }
   }
 
@@ -204,16 +238,31 @@ class DecodeAttention {
       }
   }
 
-  // Dimension d of `count` shares at a distance, added up in order; their common maximum and sum.
+  // Dimension d of `count` shares at a distance, added up in order, eight loads at once; their common maximum and sum.
   template <class Load>
   static __device__ __forceinline__ float add_up(Load load, int count, int d, float& most, float& sum) {
+    constexpr int kAtOnce = 8;
     most = -1e30f, sum = 0.f;
-    for (int n = 0; n < count; ++n) most = fmaxf(most, load(n, D));
     float value = 0.f;
-    for (int n = 0; n < count; ++n) {
-      const float weight = exp2f(load(n, D) - most);
-      sum += weight * load(n, D + 1);
-      value += weight * load(n, d);
+    for (int first = 0; first < count; first += kAtOnce) {
+      float top[kAtOnce], total[kAtOnce], part[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const bool any = first + n < count;
+        top[n] = any ? load(first + n, D) : -1e30f;
+        total[n] = any ? load(first + n, D + 1) : 0.f, part[n] = any ? load(first + n, d) : 0.f;
+      }
+      float higher = most;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) higher = fmaxf(higher, top[n]);
+      const float keep = exp2f(most - higher);
+      most = higher, sum *= keep, value *= keep;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const float weight = exp2f(top[n] - most);
+        sum += weight * total[n];
+        value += weight * part[n];
+      }
     }
     return value;
   }

@@ -8,10 +8,10 @@ namespace tsld {
 
 constexpr int kPadRows = 20;  // floats per token in shared memory: 16 rows, padded against bank conflicts
 
-// v[i] = sum * row_scale + bias of row .. row+3
+// v[i] = sum * scale + bias of row .. row+3; scale: those of the four rows
 template <class T>
-__device__ __forceinline__ void scaled_outputs(float (&v)[4], const GemmParams& p, int row, const float (&sum)[4]) {
-  const float* scale = p.row_scale + row;  // padded to whole tiles, 16-byte aligned
+__device__ __forceinline__ void scaled_outputs(float (&v)[4], const GemmParams& p, int row, const float (&sum)[4],
+                                               const float* scale) {
   const u16* bias = static_cast<const u16*>(p.bias);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -20,12 +20,13 @@ __device__ __forceinline__ void scaled_outputs(float (&v)[4], const GemmParams& 
   }
 }
 
-// y[token, row .. row+3] = round(sum * row_scale + bias)
+// y[token, row .. row+3] = round(sum * scale + bias)
 template <class T>
-__device__ __forceinline__ void store_outputs(const GemmParams& p, int token, int row, const float (&sum)[4]) {
+__device__ __forceinline__ void store_outputs(const GemmParams& p, int token, int row, const float (&sum)[4],
+                                              const float* scale) {
   if (row >= p.n) return;
   float v[4];
-  scaled_outputs<T>(v, p, row, sum);
+  scaled_outputs<T>(v, p, row, sum, scale);
   u16* y = static_cast<u16*>(p.y) + static_cast<i64>(token) * p.n + row;
   const u32 low = T::pack2(v[0], v[1]), high = T::pack2(v[2], v[3]);
   if (p.n % 4 == 0) {
@@ -37,6 +38,11 @@ __device__ __forceinline__ void store_outputs(const GemmParams& p, int token, in
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (row + i < p.n) y[i] = out[i];
+}
+
+template <class T>
+__device__ __forceinline__ void store_outputs(const GemmParams& p, int token, int row, const float (&sum)[4]) {
+  store_outputs<T>(p, token, row, sum, p.row_scale + row);  // padded to whole tiles, 16-byte aligned
 }
 
 // The last of the blocks that share an output tile to arrive adds up all partial sums, in the order of the splits.

@@ -7,12 +7,12 @@
 // barrier. Where a share ends within a row tile, the pieces meet in shared memory at the end, in a fixed order:
 // warp w's piece of row group g has slot g + w, which is unique because both only grow along the work.
 //
-// Shared memory: ring | x slice | slots | row zero points. The last three depend on the shape.
+// Shared memory: ring | x slice | slots | row scales | row zero points. All but the ring depend on the shape.
 #pragma once
 
 #include "tsld/epilogue.cuh"
 #include "tsld/multiply.cuh"
-#include "tsld/stream_digits.cuh"
+#include "tsld/digit_staging.cuh"
 
 namespace tsld {
 
@@ -27,7 +27,6 @@ struct StreamConfig {
   static constexpr int kRowTiles = kRowTiles_, kStages = kStages_;
   static_assert(!kDigits || (kBits == 2 && kGroup == 0 && kTokens <= 2), "digits: ternary, a scale per row");
   static constexpr int kTokenTiles = kDigits ? DigitLayout<kTokens>::kTiles : ceil_div(kTokens, 8);
-  using Sum = typename If<kDigits, int, float>::type;
   static constexpr int kThreads = 32 * kWarps, kEpilogueThreads = kThreads;
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   using Weights = WeightLayout<kBits>;
@@ -76,14 +75,16 @@ class StreamGemm {
     Source source = {p_.weights, p_.meta, group, chunk, *this};
     allow_next_kernel();
     u32 filled = ring();
+    stage_row_scales();
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
     if constexpr (C::kGroup == 0 && C::kBits > 2) stage_row_zeros();
     if constexpr (C::kDigits) {
-      DigitStaging<C> staging(p_, token0_, first_chunk_, chunks_);
+      DigitStaging<C> staging(p_, token0_, first_chunk_, chunks_, raw());
       staging.fetch_weight();
+      clear_sums();
       wait_for_previous_kernel();
-      staging.stage(x_memory(), scales(), reinterpret_cast<u32*>(slots()));
+      staging.stage(x_memory(), scales(), scratch());
     } else if constexpr (C::kNorm) {
       NormStaging<C> norm(p_, token0_);
       norm.fetch_weight();
@@ -93,11 +94,13 @@ class StreamGemm {
       wait_for_previous_kernel();
       stage_x();
     }
-    cp_async_wait<0>();
-    __syncthreads();
+    if constexpr (!C::kDigits) {
+      cp_async_wait<0>();
+      __syncthreads();
+    }
 
     ZeroPoint<T, C::kBits> zero[C::kRowTiles];
-    typename C::Sum acc[C::kRowTiles][C::kTokenTiles][4] = {};
+    typename If<C::kDigits, DigitSums, FloatSums>::type acc = {};
     u32 at = ring();
     for (int unit = begin; unit < end; ++unit) {
       cp_async_wait<C::kStages - 2>();
@@ -107,23 +110,34 @@ class StreamGemm {
         if (unit == begin || chunk == 0) load_row_zeros(zero, group);
       }
       if constexpr (C::kDigits)
-        multiply_digits<C>(acc, x_address() + chunk * Digits::kChunkBytes, at);
+        multiply_digits<C>(acc.of, acc.twice, x_address() + chunk * Digits::kChunkBytes, at);
       else
-        multiply_chunk<C>(acc, zero, x_address() + chunk * kChunk * 2, x_stride_, 0, at,
+        multiply_chunk<C>(acc.of, zero, x_address() + chunk * kChunk * 2, x_stride_, 0, at,
                           at + C::kRowTiles * Weights::kBytes);
       at = next_stage(at);
       ++chunk;
       if (chunk == chunks_ || unit == end - 1) {
-        put_piece(acc, group + warp_);
+        put_piece(acc, C::kDigits ? group : group + warp_);
         chunk = 0, ++group;
       }
     }
     cp_async_wait<0>();
     __syncthreads();
-    add_pieces_and_store();
+    if constexpr (C::kDigits)
+      store_digits();
+    else
+      add_pieces_and_store();
   }
 
  private:
+  struct FloatSums {
+    float of[C::kRowTiles][C::kTokenTiles][4];
+  };
+  struct DigitSums {
+    DigitSum of[C::kRowTiles][C::kTokenTiles];
+    int twice[C::kTokenTiles][4];  // sums of the digits themselves
+  };
+
   // Where a lane copies from next. Reads up to kRowTiles - 1 tiles past the last: the packed weights have such room.
   struct Source {
     const char* weights;
@@ -168,12 +182,19 @@ class StreamGemm {
   __device__ __forceinline__ DigitScale* scales() const {
     return reinterpret_cast<DigitScale*>(x_memory() + p_.chunks_per_split * Digits::kChunkBytes);
   }
-  __device__ __forceinline__ float* slots() const {
-    return C::kDigits ? reinterpret_cast<float*>(scales() + C::kTokens)
-                      : reinterpret_cast<float*>(x_memory() + C::kTokens * x_stride_);
+  __device__ __forceinline__ char* raw() const { return reinterpret_cast<char*>(scales() + C::kTokens); }
+  __device__ __forceinline__ Vec16* scratch() const {
+    return reinterpret_cast<Vec16*>(raw() + p_.chunks_per_split * kChunk * (C::kNorm ? 4 : 2));
+  }
+  // Of digits: [token][row][digit]
+  __device__ __forceinline__ int* sums() const { return reinterpret_cast<int*>(scratch() + C::kWarps); }
+  __device__ __forceinline__ float* slots() const { return reinterpret_cast<float*>(x_memory() + C::kTokens * x_stride_); }
+  __device__ __forceinline__ float* row_scales() const {
+    return C::kDigits ? reinterpret_cast<float*>(sums() + groups_ * C::kGroupRows * C::kTokens * kDigitsOf)
+                      : slots() + (groups_ + C::kWarps) * C::kSlotFloats;
   }
   __device__ __forceinline__ u8* row_zeros() const {
-    return reinterpret_cast<u8*>(slots() + (groups_ + C::kWarps) * C::kSlotFloats);
+    return reinterpret_cast<u8*>(row_scales() + groups_ * C::kGroupRows);
   }
 
   __device__ __forceinline__ void load_unit(Source& source, u32& stage, bool wanted) const {
@@ -212,6 +233,13 @@ class StreamGemm {
     cp_async_commit();
   }
 
+  // They would come from DRAM when the sums are ready.
+  __device__ __forceinline__ void stage_row_scales() const {
+    const int first = first_group_ * C::kGroupRows, rows = min(groups_ * C::kGroupRows, p_.row_tiles * kTileRows - first);
+    for (int r = threadIdx.x * 4; r < rows; r += C::kThreads * 4)
+      cp_async_zfill(shared_address(row_scales() + r), p_.row_scale + first + r, 16);
+  }
+
   __device__ __forceinline__ void stage_row_zeros() const {
     const int first = first_group_ * C::kGroupRows, rows = groups_ * C::kGroupRows;
     for (int r = threadIdx.x; r < rows; r += C::kThreads)
@@ -226,26 +254,8 @@ class StreamGemm {
         zero[rt].set(half, row_zeros()[group * C::kGroupRows + rt * kTileRows + lane_ / 4 + 8 * half]);
   }
 
-  // The same for digits: a lane has two digits of a token's sum, its neighbour the other two.
-  __device__ __forceinline__ void put_piece(int (&acc)[C::kRowTiles][C::kTokenTiles][4], int slot) const {
-    float* to = slots() + slot * C::kSlotFloats + lane_ / 4 + lane_ % 2 * 8;
-#pragma unroll
-    for (int nt = 0; nt < C::kTokenTiles; ++nt) {
-      const int token = nt * 2 + lane_ % 4 / 2;
-      const DigitScale scale = scales()[min(token, C::kTokens - 1)];
-#pragma unroll
-      for (int rt = 0; rt < C::kRowTiles; ++rt) {
-        float v[2];
-        join_digits(v, acc[rt][nt]);
-        if (token < C::kTokens) to[token * C::kSlotStride + rt * kTileRows] = (lane_ % 2 ? v[1] : v[0]) * scale.first * scale.second;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[rt][nt][i] = 0;
-      }
-    }
-  }
-
   // The warp's sums of one row group go to their slot, and start again at zero.
-  __device__ __forceinline__ void put_piece(float (&acc)[C::kRowTiles][C::kTokenTiles][4], int slot) const {
+  __device__ __forceinline__ void put_piece(FloatSums& acc, int slot) const {
     float* to = slots() + slot * C::kSlotFloats + lane_ / 4;
 #pragma unroll
     for (int rt = 0; rt < C::kRowTiles; ++rt)
@@ -254,9 +264,28 @@ class StreamGemm {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = nt * 8 + lane_ % 4 * 2 + i % 2;
-          if (token < C::kTokens) to[token * C::kSlotStride + rt * kTileRows + i / 2 * 8] = acc[rt][nt][i];
-          acc[rt][nt][i] = 0.f;
+          if (token < C::kTokens) to[token * C::kSlotStride + rt * kTileRows + i / 2 * 8] = acc.of[rt][nt][i];
         }
+    acc = {};
+  }
+
+  __device__ __forceinline__ void clear_sums() const {
+    for (int i = threadIdx.x; i < groups_ * C::kGroupRows * C::kTokens; i += C::kThreads)
+      reinterpret_cast<Vec16*>(sums())[i] = Vec16{};
+  }
+
+  // The same for digits: sums of integers, in any order. A lane has two digits of a token.
+  __device__ __forceinline__ void put_piece(DigitSums& acc, int group) const {
+    int* to = sums() + ((group * C::kGroupRows + lane_ / 4) * kDigitsOf + lane_ % 2 * 2);
+#pragma unroll
+    for (int nt = 0; nt < C::kTokenTiles; ++nt) {
+      const int token = nt * 2 + lane_ % 4 / 2;
+      if (token >= C::kTokens) continue;
+#pragma unroll
+      for (int rt = 0; rt < C::kRowTiles; ++rt)
+        add_digits(to + (token * groups_ * C::kGroupRows + rt * kTileRows) * kDigitsOf, acc.of[rt][nt], acc.twice[nt]);
+    }
+    acc = {};
   }
 
   // Sums of rows r .. r+3 of a row group, over the warps that hold pieces of it.
@@ -264,22 +293,45 @@ class StreamGemm {
     const int first = warp_of(group * chunks_), last = warp_of(group * chunks_ + chunks_ - 1);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] = 0.f;
-    for (int warp = first; warp <= last; ++warp) {
-      if (warp_start(warp) == warp_start(warp + 1)) continue;  // fewer units than warps: some have no share
-      const float* from = slots() + (group + warp) * C::kSlotFloats + token * C::kSlotStride + r;
-      const float4 piece = *reinterpret_cast<const float4*>(from);
-      sum[0] += piece.x, sum[1] += piece.y, sum[2] += piece.z, sum[3] += piece.w;
-    }
-    if constexpr (C::kDigits) {
-      if (!scales()[token].finite) {
+    for (int warp = first; warp <= last; warp += 4) {  // four loads at once
+      float4 piece[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = (first_group_ + group) * C::kGroupRows + r + i;
-          const int k0 = first_chunk_ * kChunk, end = min(p_.k, k0 + chunks_ * kChunk);
-          sum[i] = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p_, token0_ + token, row, k0, end);
-        }
+      for (int w = 0; w < 4; ++w) {
+        const bool any = warp + w <= last && warp_start(warp + w) < warp_start(warp + w + 1);  // some have no share
+        const float* from = slots() + (group + warp + w) * C::kSlotFloats + token * C::kSlotStride + r;
+        piece[w] = any ? *reinterpret_cast<const float4*>(from) : float4{};
       }
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        sum[0] += piece[w].x, sum[1] += piece[w].y, sum[2] += piece[w].z, sum[3] += piece[w].w;
     }
+  }
+
+  // One row of a token (gated: one feature), scaled.
+  __device__ __forceinline__ float digit_output(int token, int r) const {
+    const int row = first_group_ * C::kGroupRows + r;
+    const DigitScale scale = scales()[token];
+    float sum = join_digits(sums() + (token * groups_ * C::kGroupRows + r) * kDigitsOf, scale);
+    if (!scale.finite) sum = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p_, token0_ + token, row, 0, p_.k);
+    sum *= row_scales()[r];
+    return p_.bias != nullptr && row < p_.n ? sum + T::to_float(static_cast<const u16*>(p_.bias)[row]) : sum;
+  }
+
+  // Without a split.
+  __device__ __forceinline__ void store_digits() const {
+    const int tokens = min(C::kTokens, p_.m - token0_), outputs = groups_ * C::kGroupRows / (C::kGated ? 2 : 1);
+    const int first = first_group_ * C::kGroupRows;
+#pragma unroll 1
+    for (int token = 0; token < tokens; ++token)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < outputs; i += C::kThreads) {
+        const int r = C::kGated ? i / 8 * kTileRows + i % 8 : i;
+        if (first + r >= p_.n) continue;
+        float v = digit_output(token, r);
+        if constexpr (C::kGated) v = rounded_silu<T>(round_to<T>(v)) * round_to<T>(digit_output(token, r + 8));
+        const int width = C::kGated ? p_.n / 2 : p_.n, column = C::kGated ? first / 2 + i : first + i;
+        static_cast<u16*>(p_.y)[static_cast<i64>(token0_ + token) * width + column] = static_cast<u16>(T::pack2(v, 0.f));
+      }
   }
 
   __device__ __forceinline__ void add_pieces_and_store() const {
@@ -291,16 +343,17 @@ class StreamGemm {
       const int r = C::kGated ? quad / 2 * kTileRows + quad % 2 * 4 : quad * 4;
       const int row = (first_group_ + group) * C::kGroupRows + r;
       if (row >= p_.row_tiles * kTileRows) continue;
+      const float* scale = row_scales() + group * C::kGroupRows + r;
       float sum[4];
       add_pieces(sum, token, group, r);
       if constexpr (C::kGated) {
         float up[4];
         add_pieces(up, token, group, r + 8);
-        store_gated<T>(p_, token0_ + token, row, sum, up);
+        store_gated<T>(p_, token0_ + token, row, sum, up, scale);
       } else if (split) {
         store_float4_l2(partial_sum(p_, blockIdx.z, token0_ + token, row), sum);
       } else {
-        store_outputs<T>(p_, token0_ + token, row, sum);
+        store_outputs<T>(p_, token0_ + token, row, sum, scale);
       }
     }
     if (C::kGated || !split || !last_block_of_tile<C>(p_, *reinterpret_cast<int*>(memory_))) return;

@@ -120,14 +120,14 @@ class NormStaging {
 };
 
 // y[token, f] = round(silu(gate)) * up for four features. Rows come in tiles of 16: those of 8 features of the gate,
-// then those of the same features of up. `row` is the first gate row of the four, n the rows of both.
+// then those of the same features of up. `row` is the first gate row of the four, n the rows of both; scale: theirs.
 template <class T>
 __device__ __forceinline__ void store_gated(const GemmParams& p, int token, int row, const float (&gate)[4],
-                                            const float (&up)[4]) {
+                                            const float (&up)[4], const float* scale) {
   if (row >= p.n) return;
   float v[2][4], out[4];
-  scaled_outputs<T>(v[0], p, row, gate);
-  scaled_outputs<T>(v[1], p, row + 8, up);
+  scaled_outputs<T>(v[0], p, row, gate, scale);
+  scaled_outputs<T>(v[1], p, row + 8, up, scale + 8);
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = rounded_silu<T>(round_to<T>(v[0][i])) * round_to<T>(v[1][i]);
   u16* y = static_cast<u16*>(p.y) + static_cast<i64>(token) * (p.n / 2) + row / 16 * 8 + row % 16;

@@ -13,6 +13,7 @@ from tsld_fx.codegen.cuda_gemm import LowBitGemm
 from tsld_fx.codegen.layout import to_kernel_layout
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import KernelSpec
+from tsld_fx.errors import BackendError
 
 
 class Notebook:
@@ -57,12 +58,14 @@ def test_launches_follow_the_plan_and_the_tensors(gemm: tuple[LowBitGemm, Notebo
 
 def test_a_plan_of_the_callers_own_is_not_kept(gemm: tuple[LowBitGemm, Notebook]) -> None:
     layer, notebook = gemm
-    x = torch.randn(1, 200, dtype=torch.float16)
-    own = Plan(layer.plan(1).config, 2)
+    x = torch.randn(3, 200, dtype=torch.float16)
+    own = Plan(layer.plan(3).config, 2)
     layer(x, plan=own, overlap=False)
-    assert notebook.launches[-1][0] == own.grid(1, 6, 132) and notebook.launches[-1][-1] is False
+    assert notebook.launches[-1][0] == own.grid(3, 6, 132) and notebook.launches[-1][-1] is False
     layer(x)
-    assert notebook.launches[-1][0] == layer.plan(1).grid(1, 6, 132)
+    assert notebook.launches[-1][0] == layer.plan(3).grid(3, 6, 132)
+    with pytest.raises(BackendError, match="digits of x add up all inputs in one block"):
+        layer(x[:1], plan=Plan(layer.plan(1).config, 2))
 
 
 def test_prepared_launches_are_bounded(gemm: tuple[LowBitGemm, Notebook], monkeypatch: pytest.MonkeyPatch) -> None:

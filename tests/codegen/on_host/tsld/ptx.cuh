@@ -131,7 +131,7 @@ inline V __shfl_xor_sync(unsigned, V v, int step) {
   std::memcpy(&v, &found, 4);
   return v;
 }
-inline unsigned __vmaxu2(unsigned, unsigned) { std::abort(); }
+inline unsigned __vmaxu2(unsigned a, unsigned b) { return max(a >> 16, b >> 16) << 16 | max(a & 0xFFFF, b & 0xFFFF); }
 inline unsigned __reduce_max_sync(unsigned, unsigned v) {
   unsigned most = 0;
   host::exchange(v, [&](const uint64_t* all) {
@@ -150,6 +150,9 @@ inline int __float2int_rn(float v) {
   return static_cast<int>(std::nearbyint(v));
 }
 inline float __int2float_rn(int v) { return static_cast<float>(v); }
+inline float fmaf(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __ldcg(const float* p) { return *p; }
+inline void __stcg(float* p, float v) { *p = v; }
 inline float __expf(float v) { return std::exp(v); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 
@@ -176,6 +179,7 @@ struct alignas(16) Vec16 {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int imax(int a, int b) { return a > b ? a : b; }
+constexpr int imin(int a, int b) { return a < b ? a : b; }
 
 inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const char*>(p) - host::shared_base); }
 inline u64 evict_first_policy() { return 0; }
@@ -192,14 +196,16 @@ inline Vec16 load_shared16(u32 address) {
   std::memcpy(&v, host::shared_base + address, 16);
   return v;
 }
+inline u32 xor_and(u32 a, u32 b, u32 c) { return (a ^ b) & c; }
 inline void ldmatrix_x4(u32 (&)[4], u32) { std::abort(); }
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
+inline void prefetch_l2(const void*) {}
 inline void store_float4_l2(float* p, const float (&v)[4]) { std::memcpy(p, v, 16); }
 inline void load_float4_l2(float (&v)[4], const float* p) { std::memcpy(v, p, 16); }
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k32", 8-bit types.
-inline void mma_int8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+// PTX ISA, "Matrix Fragments for mma.m16n8k32", 8-bit types; bytes of a are unsigned.
+inline void mma_unsigned(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   u32 all_a[32][4], all_b[32][2];
   for (int r = 0; r < 6; ++r)
     host::exchange(r < 4 ? a[r] : r == 4 ? b0 : b1, [&](const uint64_t* all) {
@@ -210,7 +216,7 @@ inline void mma_int8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * t + i % 2;
     for (int k = 0; k < 32; ++k)
-      c[i] += byte(all_a[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)], k % 4) *
+      c[i] += (byte(all_a[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)], k % 4) & 0xFF) *
               byte(all_b[column * 4 + k % 16 / 4][k / 16], k % 4);
   }
 }
