@@ -9,7 +9,7 @@
 #pragma once
 
 #include "tsld/cluster.cuh"
-#include "tsld/vector8.cuh"
+#include "tsld/online_softmax.cuh"
 
 namespace tsld {
 
@@ -32,16 +32,11 @@ struct AttentionParams {
   float scale;
 };
 
-// One of R query heads that share keys and values: running maximum, sum and weighted values of 8 dimensions a lane.
-template <int R>
-struct Online {
-  float most[R], sum[R], acc[R][8];
-};
-
 template <class T, int D, int R, int kThreads>
 class DecodeAttention {
   static constexpr int kLanes = D / 8;                 // lanes that share a key
   static constexpr int kKeys = kThreads / kLanes;      // keys in flight per step
+  using Softmax = OnlineSoftmax<T, D, R, kKeys>;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kUnroll = R > 2 ? 2 : 4;
   static constexpr int kRow = D + 2;                   // of a share: values, maximum, sum
@@ -104,7 +99,7 @@ class DecodeAttention {
       for (int j = 0; j < 8; ++j) wide_q[r][j] = shared.q[r][lane * 8 + j], mine.acc[r][j] = 0.f;
     }
     for (int from = begin; from < end;) {              // the same trip count in every lane of a warp
-      take(mine, wide_q, key, value, end - from - first);
+      Softmax::take(mine, wide_q, key, value, end - from - first);
       from += kKeys * kUnroll;
       if (from < end) load(key, value, keys, values, from, end);
     }
@@ -113,9 +108,9 @@ class DecodeAttention {
 #pragma unroll
       for (int j = 0; j < 8; ++j) k[j] = shared.key[lane * 8 + j];
       const Vec16 newest_key[1] = {pack8<T>(k)}, newest_value[1] = {reinterpret_cast<const Vec16*>(v)[lane]};
-      take(mine, wide_q, newest_key, newest_value, first == 0);
+      Softmax::take(mine, wide_q, newest_key, newest_value, first == 0);
     }
-    merge_lanes(mine);
+    Softmax::merge_lanes(mine);
     if (threadIdx.x % 32 < kLanes) {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
@@ -172,101 +167,6 @@ class DecodeAttention {
     prefetch_l2(values + at);
   }
 
-  // More keys and values, kKeys positions apart; the first of them counts if `left` is positive, and so on. All lanes of a
-  // warp take part.
-  template <int kCount>
-  static __device__ __forceinline__ void take(Online<R>& mine, const float (&q)[R][8], const Vec16 (&key)[kCount],
-                                              const Vec16 (&value)[kCount], int left) {
-    float score[kCount][R];
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      float k[8];
-      unpack8<T>(k, key[u]);
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        score[u][r] = 0.f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) score[u][r] += q[r][j] * k[j];
-      }
-    }
-#pragma unroll
-    for (int step = kLanes / 2; step; step /= 2)
-#pragma unroll
-      for (int u = 0; u < kCount; ++u)
-#pragma unroll
-        for (int r = 0; r < R; ++r) score[u][r] += __shfl_xor_sync(~0u, score[u][r], step);
-#pragma unroll
-    for (int r = 0; r < R; ++r) {
-      float most = mine.most[r];
-#pragma unroll
-      for (int u = 0; u < kCount; ++u)
-        if (left > u * kKeys) most = fmaxf(most, score[u][r]);
-      const float keep = exp2f(mine.most[r] - most);
-      mine.most[r] = most, mine.sum[r] *= keep;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) mine.acc[r][j] *= keep;
-#pragma unroll
-      for (int u = 0; u < kCount; ++u) {
-        score[u][r] = left > u * kKeys ? exp2f(score[u][r] - most) : 0.f;
-        mine.sum[r] += score[u][r];
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      float v[8];
-      unpack8<T>(v, left > u * kKeys ? value[u] : Vec16{});  // 0 * Inf would be NaN
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) mine.acc[r][j] += score[u][r] * v[j];
-    }
-  }
-
-  // Lanes of a warp that hold the same dimensions of different keys add up; each ends with the sum.
-  static __device__ __forceinline__ void merge_lanes(Online<R>& mine) {
-#pragma unroll
-    for (int step = kLanes; step < 32; step *= 2)
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const float other = __shfl_xor_sync(~0u, mine.most[r], step), most = fmaxf(mine.most[r], other);
-        const float keep = exp2f(mine.most[r] - most), weight = exp2f(other - most);
-        mine.most[r] = most;
-        mine.sum[r] = mine.sum[r] * keep + __shfl_xor_sync(~0u, mine.sum[r], step) * weight;
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          mine.acc[r][j] = mine.acc[r][j] * keep + __shfl_xor_sync(~0u, mine.acc[r][j], step) * weight;
-      }
-  }
-
-  // Dimension d of `count` shares at a distance, added up in order, eight loads at once; their common maximum and sum.
-  template <class Load>
-  static __device__ __forceinline__ float add_up(Load load, int count, int d, float& most, float& sum) {
-    constexpr int kAtOnce = 8;
-    most = -1e30f, sum = 0.f;
-    float value = 0.f;
-    for (int first = 0; first < count; first += kAtOnce) {
-      float top[kAtOnce], total[kAtOnce], part[kAtOnce];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const bool any = first + n < count;
-        top[n] = any ? load(first + n, D) : -1e30f;
-        total[n] = any ? load(first + n, D + 1) : 0.f, part[n] = any ? load(first + n, d) : 0.f;
-      }
-      float higher = most;
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) higher = fmaxf(higher, top[n]);
-      const float keep = exp2f(most - higher);
-      most = higher, sum *= keep, value *= keep;
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const float weight = exp2f(top[n] - most);
-        sum += weight * total[n];
-        value += weight * part[n];
-      }
-    }
-    return value;
-  }
-
   static __device__ __forceinline__ void finish(const AttentionParams& p, Shared& shared, int unit, int split,
                                                 int batch, int head0) {
     constexpr int kPiece = R * kRow, kOwn = (R * D + kThreads - 1) / kThreads;
@@ -277,7 +177,7 @@ class DecodeAttention {
       const int i = threadIdx.x + n * kThreads;
       if (i >= R * D) continue;
       const float* from = shared.piece[0][i / D];
-      value[n] = add_up([=](int w, int d) { return from[w * kPiece + d]; }, kWarps, i % D, most[n], sum[n]);
+      value[n] = Softmax::add_up([=](int w, int d) { return from[w * kPiece + d]; }, kWarps, i % D, most[n], sum[n]);
       if (p.splits == 1) out[i] = static_cast<u16>(T::pack2(value[n] / sum[n], 0.f));
     }
     if (p.splits == 1) return;
@@ -306,8 +206,8 @@ class DecodeAttention {
       const float* from = all + i / D * kRow;
       float top, total;
       const float v = p.clustered
-          ? add_up([=](int w, int d) { return from[w * kPiece + d]; }, p.splits, i % D, top, total)
-          : add_up([=](int w, int d) { return __ldcg(from + w * kPiece + d); }, p.splits, i % D, top, total);
+          ? Softmax::add_up([=](int w, int d) { return from[w * kPiece + d]; }, p.splits, i % D, top, total)
+          : Softmax::add_up([=](int w, int d) { return __ldcg(from + w * kPiece + d); }, p.splits, i % D, top, total);
       out[i] = static_cast<u16>(T::pack2(v / total, 0.f));
     }
   }

@@ -13,6 +13,7 @@
 #include "tsld/epilogue.cuh"
 #include "tsld/multiply.cuh"
 #include "tsld/digit_staging.cuh"
+#include "tsld/digit_totals.cuh"
 
 namespace tsld {
 
@@ -82,7 +83,7 @@ class StreamGemm {
     if constexpr (C::kDigits) {
       DigitStaging<C> staging(p_, token0_, first_chunk_, chunks_, raw());
       staging.fetch_weight();
-      clear_sums();
+      digit_totals().clear();
       wait_for_previous_kernel();
       staging.stage(x_memory(), scales(), scratch());
     } else if constexpr (C::kNorm) {
@@ -100,7 +101,7 @@ class StreamGemm {
     }
 
     ZeroPoint<T, C::kBits> zero[C::kRowTiles];
-    typename If<C::kDigits, DigitSums, FloatSums>::type acc = {};
+    typename If<C::kDigits, DigitSums<C>, FloatSums>::type acc = {};
     u32 at = ring();
     for (int unit = begin; unit < end; ++unit) {
       cp_async_wait<C::kStages - 2>();
@@ -117,14 +118,14 @@ class StreamGemm {
       at = next_stage(at);
       ++chunk;
       if (chunk == chunks_ || unit == end - 1) {
-        put_piece(acc, C::kDigits ? group : group + warp_);
+        put_piece(acc, group);
         chunk = 0, ++group;
       }
     }
     cp_async_wait<0>();
     __syncthreads();
     if constexpr (C::kDigits)
-      store_digits();
+      digit_totals().store(token0_);
     else
       add_pieces_and_store();
   }
@@ -132,10 +133,6 @@ class StreamGemm {
  private:
   struct FloatSums {
     float of[C::kRowTiles][C::kTokenTiles][4];
-  };
-  struct DigitSums {
-    DigitSum of[C::kRowTiles][C::kTokenTiles];
-    int twice[C::kTokenTiles][4];  // sums of the digits themselves
   };
 
   // Where a lane copies from next. Reads up to kRowTiles - 1 tiles past the last: the packed weights have such room.
@@ -186,8 +183,10 @@ class StreamGemm {
   __device__ __forceinline__ Vec16* scratch() const {
     return reinterpret_cast<Vec16*>(raw() + p_.chunks_per_split * kChunk * (C::kNorm ? 4 : 2));
   }
-  // Of digits: [token][row][digit]
   __device__ __forceinline__ int* sums() const { return reinterpret_cast<int*>(scratch() + C::kWarps); }
+  __device__ __forceinline__ DigitTotals<C> digit_totals() const {
+    return {p_, sums(), scales(), row_scales(), first_group_, groups_};
+  }
   __device__ __forceinline__ float* slots() const { return reinterpret_cast<float*>(x_memory() + C::kTokens * x_stride_); }
   __device__ __forceinline__ float* row_scales() const {
     return C::kDigits ? reinterpret_cast<float*>(sums() + groups_ * C::kGroupRows * C::kTokens * kDigitsOf)
@@ -255,8 +254,9 @@ class StreamGemm {
   }
 
   // The warp's sums of one row group go to their slot, and start again at zero.
-  __device__ __forceinline__ void put_piece(FloatSums& acc, int slot) const {
-    float* to = slots() + slot * C::kSlotFloats + lane_ / 4;
+  __device__ __forceinline__ void put_piece(DigitSums<C>& acc, int group) const { digit_totals().add(acc, group); }
+  __device__ __forceinline__ void put_piece(FloatSums& acc, int group) const {
+    float* to = slots() + (group + warp_) * C::kSlotFloats + lane_ / 4;
 #pragma unroll
     for (int rt = 0; rt < C::kRowTiles; ++rt)
 #pragma unroll
@@ -266,25 +266,6 @@ class StreamGemm {
           const int token = nt * 8 + lane_ % 4 * 2 + i % 2;
           if (token < C::kTokens) to[token * C::kSlotStride + rt * kTileRows + i / 2 * 8] = acc.of[rt][nt][i];
         }
-    acc = {};
-  }
-
-  __device__ __forceinline__ void clear_sums() const {
-    for (int i = threadIdx.x; i < groups_ * C::kGroupRows * C::kTokens; i += C::kThreads)
-      reinterpret_cast<Vec16*>(sums())[i] = Vec16{};
-  }
-
-  // The same for digits: sums of integers, in any order. A lane has two digits of a token.
-  __device__ __forceinline__ void put_piece(DigitSums& acc, int group) const {
-    int* to = sums() + ((group * C::kGroupRows + lane_ / 4) * kDigitsOf + lane_ % 2 * 2);
-#pragma unroll
-    for (int nt = 0; nt < C::kTokenTiles; ++nt) {
-      const int token = nt * 2 + lane_ % 4 / 2;
-      if (token >= C::kTokens) continue;
-#pragma unroll
-      for (int rt = 0; rt < C::kRowTiles; ++rt)
-        add_digits(to + (token * groups_ * C::kGroupRows + rt * kTileRows) * kDigitsOf, acc.of[rt][nt], acc.twice[nt]);
-    }
     acc = {};
   }
 
@@ -305,33 +286,6 @@ class StreamGemm {
       for (int w = 0; w < 4; ++w)
         sum[0] += piece[w].x, sum[1] += piece[w].y, sum[2] += piece[w].z, sum[3] += piece[w].w;
     }
-  }
-
-  // One row of a token (gated: one feature), scaled.
-  __device__ __forceinline__ float digit_output(int token, int r) const {
-    const int row = first_group_ * C::kGroupRows + r;
-    const DigitScale scale = scales()[token];
-    float sum = join_digits(sums() + (token * groups_ * C::kGroupRows + r) * kDigitsOf, scale);
-    if (!scale.finite) sum = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p_, token0_ + token, row, 0, p_.k);
-    sum *= row_scales()[r];
-    return p_.bias != nullptr && row < p_.n ? sum + T::to_float(static_cast<const u16*>(p_.bias)[row]) : sum;
-  }
-
-  // Without a split.
-  __device__ __forceinline__ void store_digits() const {
-    const int tokens = min(C::kTokens, p_.m - token0_), outputs = groups_ * C::kGroupRows / (C::kGated ? 2 : 1);
-    const int first = first_group_ * C::kGroupRows;
-#pragma unroll 1
-    for (int token = 0; token < tokens; ++token)
-#pragma unroll 1
-      for (int i = threadIdx.x; i < outputs; i += C::kThreads) {
-        const int r = C::kGated ? i / 8 * kTileRows + i % 8 : i;
-        if (first + r >= p_.n) continue;
-        float v = digit_output(token, r);
-        if constexpr (C::kGated) v = rounded_silu<T>(round_to<T>(v)) * round_to<T>(digit_output(token, r + 8));
-        const int width = C::kGated ? p_.n / 2 : p_.n, column = C::kGated ? first / 2 + i : first + i;
-        static_cast<u16*>(p_.y)[static_cast<i64>(token0_ + token) * width + column] = static_cast<u16>(T::pack2(v, 0.f));
-      }
   }
 
   __device__ __forceinline__ void add_pieces_and_store() const {
