@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 _options = {"traceback": False}
+_PATIENCE = 2.0  # seconds: torchrun ends all processes when one goes, which must not be before the cause is told
 
 
 def _version(value: bool) -> None:
@@ -67,6 +69,7 @@ def main() -> None:
         if _options["traceback"]:
             raise
         if getattr(error, "told_elsewhere", False):  # the process that failed prints it
+            time.sleep(_PATIENCE)
             sys.exit(2)
         message = " ".join(str(error).split())
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
