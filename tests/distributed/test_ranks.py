@@ -55,7 +55,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "l2l": {"method": "l2l", "training": {"gradient_accumulation_steps": 4}},
 }
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (part of the message, case)
-    "few_layers": ("2 layers cannot be staged over 2 processes", {"layers": 2, **pipeline("zbv")}),
+    "few_layers": ("2 layers cannot be staged over 2 processes", {"layers": 2, **pipeline("interleaved_1f1b")}),
     "micro_batches": (
         "1f1b needs at least one per process",
         {**pipeline("1f1b"), "training": {"gradient_accumulation_steps": 1}},
@@ -65,6 +65,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (part of the messa
     "cache": ("teacher_cache", {"distill": {"teacher_cache": "token_scores"}, **fsdp(2)}),
     "half": ("training.fp16", fsdp(2, fp16=True, use_cpu=True)),
 }
+ON_GLOO = {name: case for name, case in CASES.items() if "zbv" not in name or torch.__version__ >= (2, 13)}
+REFUSED |= {name: ("over gloo hang", case) for name, (_, case) in CASES.items() if name not in ON_GLOO}
 NAN = {"breaks": {"step": 2, "how": "nan"}}
 KEEP = {"save_strategy": "steps", "save_steps": 1}
 
@@ -76,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     for name, case in SINGLE.items():
         (root / f"single_{name}").mkdir()
         run({"folder": str(root / f"single_{name}"), **case})
-    two = [{"folder": str(root / name), **case} for name, (_, case) in CASES.items()]
+    two = [{"folder": str(root / name), **case} for name, (_, case) in ON_GLOO.items()]
     two += [{"folder": str(root / name), **case} for name, (_, case) in REFUSED.items()]
     two += [
         {"folder": str(root / "nan_fsdp"), **fsdp(2, **KEEP), **NAN},
@@ -109,7 +111,7 @@ def same(found: Path, expected: Path, tolerance: float = 2e-6) -> None:
         torch.testing.assert_close(one[name], value, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ON_GLOO)
 def test_two_processes_train_as_one(folder: Folder, name: str) -> None:
     same(folder(name), folder(f"single_{CASES[name][0]}"))
 
