@@ -24,12 +24,6 @@ __device__ __forceinline__ void dequant_pair(u32 (&a)[2][4], const u32 (&words)[
   for (int j = 0; j < 8; ++j) a[j / 4][j % 4] = (words[0] << (2 * j)) & 0xC000C000u;
 }
 
-// One of the two steps alone.
-__device__ __forceinline__ void dequant_step(u32 (&a)[4], u32 word, int step) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) a[j] = (word << (8 * step + 2 * j)) & 0xC000C000u;
-}
-
 // ---- 4 bits: or-ing a code into the mantissa of 1024 (fp16) or 128 (bf16) adds it; subtract that + zero point.
 // Register j (0..3) of word s (step s): first input at bits 4j, second at bits 16+4j. In fp16 the odd registers (row
 // g+8) take their codes where they lie, four bits higher: (1024 + 16 code) / 16 - (64 + zero), exact as well.

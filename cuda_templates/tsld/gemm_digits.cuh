@@ -107,7 +107,7 @@ class DigitsGemm {
       add_pieces([&](int token, int row, const float(&sum)[4]) {
         store_float4_l2(partial_sum(p_, split(), token0() + token, first_group_ * C::kGroupRows + row), sum);
       });
-      if (last_of_splits()) add_partial_sums_and_store();
+      if (last_block_of_tile<C>(p_, *reinterpret_cast<int*>(memory_))) add_partial_sums_and_store();
     }
   }
 
@@ -139,10 +139,6 @@ class DigitsGemm {
   static __device__ __forceinline__ int token0() { return blockIdx.y * C::kTokens; }
   __device__ __forceinline__ int tokens() const { return min(C::kTokens, p_.m - token0()); }
 
-  // `total` items in `parts` contiguous shares whose sizes differ by one at most
-  static __device__ __forceinline__ int share_start(int total, int parts, int part) {
-    return static_cast<u32>(total) * part / parts;
-  }
   __device__ __forceinline__ int all_groups() const { return (p_.row_tiles + C::kRowTiles - 1) / C::kRowTiles; }
   __device__ __forceinline__ int team_start(int team) const { return share_start(groups_ * units_, C::kTeams, team); }
   __device__ __forceinline__ int tokens_per_block() const { return (C::kTokens + splits() - 1) / splits(); }
@@ -245,21 +241,6 @@ class DigitsGemm {
         sum[i] += weight * value;
       }
     }
-  }
-
-  // Whether all other blocks with these rows and tokens have written their sums; the counter goes back to zero.
-  __device__ __forceinline__ bool last_of_splits() const {
-    int& arrived = *reinterpret_cast<int*>(memory_);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();  // for all threads: they met at the barrier
-      int* counter = p_.counters + blockIdx.y * gridDim.x + blockIdx.x;
-      arrived = atomicAdd(counter, 1);
-      if (arrived == splits() - 1) *counter = 0;
-      __threadfence();
-    }
-    __syncthreads();
-    return arrived == splits() - 1;
   }
 
   // In the order of the splits; several loads at once.

@@ -157,10 +157,6 @@ class StreamGemm {
     }
   };
 
-  // `total` items in `parts` contiguous shares whose sizes differ by one at most
-  static __device__ __forceinline__ int share_start(int total, int parts, int part) {
-    return static_cast<u32>(total) * part / parts;
-  }
   __device__ __forceinline__ int all_groups() const { return (p_.row_tiles + C::kRowTiles - 1) / C::kRowTiles; }
   __device__ __forceinline__ int warp_start(int warp) const { return share_start(groups_ * chunks_, C::kWarps, warp); }
   // The warp whose share holds a unit.

@@ -36,4 +36,9 @@ struct MetaLayout {
   static constexpr int kBytes = kScaleBytes + (kBits > 2 ? kGroups * kTileRows : 0);
 };
 
+// Where a share begins of `total` items in `parts` contiguous shares whose sizes differ by one at most.
+__device__ __forceinline__ int share_start(int total, int parts, int part) {
+  return static_cast<u32>(total) * part / parts;
+}
+
 }  // namespace tsld

@@ -31,7 +31,7 @@ KINDS = ((2, 0), (2, 32), (2, 128), (4, 0), (4, 128), (8, 0), (8, 64))  # bits, 
 STREAM = [
     Plan(GemmConfig(t, 1, 1, 8, rows, 4, "stream"), splits) for t, rows, splits in ((1, 1, 1), (4, 2, 3), (8, 1, 2))
 ]
-DIGITS = [Plan(GemmConfig(t, 1, 1, 12, rows, 4, "stream", digits=True), 1) for t, rows in ((1, 2), (2, 4))]
+STREAM_DIGITS = [Plan(GemmConfig(t, 1, 1, 12, rows, 4, "stream", digits=True), 1) for t, rows in ((1, 2), (2, 4))]
 MMA = [
     Plan(GemmConfig(1, 1, 1, 8, 2, 3), 1),
     Plan(GemmConfig(16, 4, 1, 2, 2, 2), 3),
@@ -63,7 +63,9 @@ def cases(wgmma: bool) -> Iterator[Case]:
     asynchronous = hopper and wgmma
     for bits, group in KINDS:
         layer = random_layer(299, 1187, bits, group)
-        plans = STREAM + MMA + (DIGITS + TILE if bits == 2 and not group else []) + (WGMMA if asynchronous else [])
+        plans = STREAM + MMA + (WGMMA if asynchronous else [])
+        if bits == 2 and not group:
+            plans += STREAM_DIGITS + TILE
         if bits == 2 and group in (0, 128):
             plans += DIGITS + (CLUSTER if hopper else []) + (WGMMA_TERNARY if asynchronous else [])
         for plan in plans:
