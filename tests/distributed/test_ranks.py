@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (part of the messa
 ON_GLOO = {name: case for name, case in CASES.items() if "zbv" not in name or torch.__version__ >= (2, 13)}
 REFUSED |= {name: ("over gloo hang", case) for name, (_, case) in CASES.items() if name not in ON_GLOO}
 NAN = {"breaks": {"step": 2, "how": "nan"}}
+RAISE = {"breaks": {"step": 2, "how": "raise"}}
 KEEP = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -86,9 +87,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         {"folder": str(root / "adamw"), **fsdp(2, **ADAMW)},
         {"folder": str(root / "moved"), **fsdp(2, **ADAMW, max_steps=2, **KEEP)},
         {"folder": str(root / "moved_stages"), **pipeline("interleaved_1f1b", **ADAMW, max_steps=2, **KEEP)},
-        {"folder": str(root / "raise"), **fsdp(2, **KEEP), "breaks": {"step": 2, "how": "raise"}},
+        {"folder": str(root / "raise_fsdp"), **fsdp(2, **KEEP), **RAISE},
     ]
     run_ranks(2, two)
+    run_ranks(2, [{"folder": str(root / "raise_pipeline"), **pipeline("1f1b", **KEEP), **RAISE}])
     four = [
         {"folder": str(root / "moved_stages"), "resume": True, **pipeline("1f1b", **ADAMW)},
         {"folder": str(root / "moved"), "resume": True, **fsdp(4, **ADAMW)},
@@ -146,12 +148,13 @@ def test_nan_on_one_process_stops_all_and_names_it(folder: Folder, name: str) ->
     assert not (folder(name) / "weights.pt").exists()
 
 
-def test_failure_of_one_process_inside_a_step_reaches_the_other(folder: Folder) -> None:
-    first, second = (read_json(folder("raise") / f"error_{rank}.json") for rank in (0, 1))
+@pytest.mark.parametrize("name", ["raise_fsdp", "raise_pipeline"])
+def test_failure_of_one_process_inside_a_step_reaches_the_other(folder: Folder, name: str) -> None:
+    first, second = (read_json(folder(name) / f"error_{rank}.json") for rank in (0, 1))
     assert "process 1: RuntimeError: out of coffee" in second["text"]
     assert first["text"].count("out of coffee") == 1
     assert (first["kind"], second["kind"]) == ("PeerError", "TrainingError")
-    assert last_whole_checkpoint(folder("raise")) == folder("raise") / "checkpoint-2"
+    assert last_whole_checkpoint(folder(name)) == folder(name) / "checkpoint-2"
 
 
 def test_checkpoints_are_by_the_models_names(folder: Folder) -> None:

@@ -15,7 +15,11 @@ from tests.tiny_runs import read_json
 from tsld_fx.runs import last_whole_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
-NAMES = ("1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "fsdp_recompute", "tied_1f1b", "tied_fsdp")
+TOGETHER = (
+    ("1f1b", "interleaved_1f1b", "fsdp_recompute"),
+    ("zero_bubble", "zbv"),
+    ("tied_1f1b", "tied_fsdp"),
+)
 
 
 def on_gpu(case: dict[str, Any]) -> dict[str, Any]:
@@ -23,19 +27,26 @@ def on_gpu(case: dict[str, Any]) -> dict[str, Any]:
     return {**case, "training": {**case["training"], "use_cpu": False, "tf32": False}}
 
 
-def test_two_gpus_train_as_one(tmp_path: Path) -> None:
-    single = {
-        "llama": {"training": {"gradient_accumulation_steps": 4}},
-        "gpt2": {"family": "gpt2", "training": CASES["tied_1f1b"][1]["training"]},
-    }
-    run_ranks(1, [{"folder": str(tmp_path / f"single_{n}"), **on_gpu(case)} for n, case in single.items()])
-    cases = {name: on_gpu(CASES[name][1]) for name in NAMES}
-    cases["bf16"] = on_gpu(pipeline("1f1b", bf16=True))
-    run_ranks(2, [{"folder": str(tmp_path / name), **case} for name, case in cases.items()])
-    for name in NAMES:
-        same(tmp_path / name, tmp_path / f"single_{CASES[name][0]}", tolerance=1e-5)
-    same_loss = [torch.load(tmp_path / n / "weights.pt")["lm_head.weight"] for n in ("bf16", "single_llama")]
-    assert 0 < (same_loss[0] - same_loss[1]).abs().max() < 0.05
+SINGLE = {
+    "llama": {"training": {"gradient_accumulation_steps": 4}},
+    "gpt2": {"family": "gpt2", "training": CASES["tied_1f1b"][1]["training"]},
+}
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=lambda names: names[0])
+def test_two_gpus_train_as_one(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (family,) = {CASES[name][0] for name in names}
+    run_ranks(1, [{"folder": str(tmp_path / "single"), **on_gpu(SINGLE[family])}])
+    run_ranks(2, [{"folder": str(tmp_path / name), **on_gpu(CASES[name][1])} for name in names])
+    for name in names:
+        same(tmp_path / name, tmp_path / "single", tolerance=1e-5)
+
+
+def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+    cases = {"bf16": pipeline("1f1b", bf16=True), "float32": pipeline("1f1b")}
+    run_ranks(2, [{"folder": str(tmp_path / name), **on_gpu(case)} for name, case in cases.items()])
+    one, other = [torch.load(tmp_path / name / "weights.pt")["lm_head.weight"] for name in cases]
+    assert 0 < (one - other).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("how", ["raise", "nan"])

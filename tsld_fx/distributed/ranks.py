@@ -125,12 +125,14 @@ class Ranks:
         except Exception as error:
             if getattr(error, "agreed", False):
                 raise
-            if _lost_connection(error) or self._has_message():
+            if _lost_connection(_first_cause(error)) or self._has_message():
                 raise self._peer_error() from None
-            self._leave_message(error, leave)
-            if isinstance(error, TsldError):
+            cause = _first_cause(error)
+            self._leave_message(cause, leave)
+            if cause is error and isinstance(error, TsldError):
                 raise
-            raise TrainingError(f"process {self.rank}: {type(error).__name__}: {_first_line(error)}") from error
+            text = _text(cause) if isinstance(cause, TsldError) else f"process {self.rank}: {_text(cause)}"
+            raise TrainingError(text) from error
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -231,6 +233,13 @@ def _abort_collectives() -> None:
         for group in list(dist.distributed_c10d._world.pg_names):
             with contextlib.suppress(Exception):
                 group._get_backend(torch.device("cuda")).abort()
+
+
+def _first_cause(error: Exception) -> Exception:
+    """What an error was raised from: torch's pipelines wrap what goes wrong inside a stage."""
+    while isinstance(error.__cause__, Exception) and not isinstance(error, TsldError):
+        error = error.__cause__
+    return error
 
 
 def _text(error: Exception) -> str:
