@@ -5,7 +5,9 @@
 One step is teacher forward, student forward, losses, backward and AdamW (fused, float32 masters) under bf16 autocast,
 random weights of meta-llama/Llama-3.2-1B's shape. `kd`: the same graph without fake-quant; `qat`: ternary (TWN)
 weights; each eager and compiled; `logit`, `plain logits`, `accumulate` and `l2l` vary one thing. Writes
-benchmarks/results/qat_step_<gpu>.json after every row.
+benchmarks/results/qat_step_<gpu>.json after every row. Rows that differ by a few percent are told apart in turn:
+
+    python benchmarks/bench_qat_step.py --in-turn --rows "qat compiled, logit;qat compiled" --out runs/qat_in_turn.json
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import copy
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -89,27 +93,58 @@ class Run:
         return total
 
 
-def measure(args: argparse.Namespace, make: Callable[[], Run]) -> dict[str, Any]:
-    """Median milliseconds of a step, peak GB, and seconds until the third step was through (compilation)."""
-    start = time.perf_counter()
-    cuda = args.device == "cuda"
-    sync = torch.cuda.synchronize if cuda else lambda: None
-    run = make()
-    for _ in range(3):
-        run.step()
-    sync()
-    warm = time.perf_counter() - start
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(args.repeats):
+class Timing:
+    """One row: milliseconds of a step in each repeat, peak GB, and seconds until the third step (compilation)."""
+
+    def __init__(self, args: argparse.Namespace, make: Callable[[], Run]) -> None:
+        self.args, self.cuda = args, args.device == "cuda"
+        self.all_ms: list[float] = []
+        start = time.perf_counter()
+        self.run = make()
+        for _ in range(3):
+            self.run.step()
+        self.wait()
+        self.warm = time.perf_counter() - start
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def repeat(self) -> None:
         begin = time.perf_counter()
-        for _ in range(args.steps):
-            run.step()
-        sync()
-        times.append((time.perf_counter() - begin) / args.steps * 1e3)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
-    return {"ms": sorted(times)[len(times) // 2], "all_ms": times, "peak_gb": peak, "warm_up_s": warm}
+        for _ in range(self.args.steps):
+            self.run.step()
+        self.wait()
+        self.all_ms.append((time.perf_counter() - begin) / self.args.steps * 1e3)
+
+    def result(self) -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self.cuda else 0.0
+        return {"ms": median(self.all_ms), "all_ms": self.all_ms, "peak_gb": peak, "warm_up_s": self.warm}
+
+
+def measure(args: argparse.Namespace, make: Callable[[], Run]) -> dict[str, Any]:
+    """One row alone."""
+    timing = Timing(args, make)
+    for _ in range(args.repeats):
+        timing.repeat()
+    return timing.result()
+
+
+def measure_in_turn(args: argparse.Namespace, rows: dict[str, Callable[[], Run]]) -> dict[str, dict[str, Any]]:
+    """All rows held at once, one repeat of each after another, so that what disturbs the host disturbs all."""
+    timings = {name: Timing(args, make) for name, make in rows.items()}
+    for _ in range(args.repeats):
+        for timing in timings.values():
+            timing.repeat()
+    results = {name: timing.result() for name, timing in timings.items()}
+    first = next(iter(timings.values())).all_ms
+    for name, timing in timings.items():
+        ratios = [ours / base for ours, base in zip(timing.all_ms, first, strict=True)]
+        results[name]["over_first"] = median(ratios)
+        del results[name]["peak_gb"]  # it is that of all together
+    return results
 
 
 def main() -> None:
@@ -118,6 +153,8 @@ def main() -> None:
     for name, value in {**model, "batch": 4, "tokens": 512, "repeats": 5, "steps": 4}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rows", help="subset of the rows, separated by semicolons")
+    parser.add_argument("--in-turn", action="store_true", help="hold all rows at once and time them in turn")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/qat_step_<gpu>.json")
     parser.add_argument("--tf32", action="store_true", help="for what autocast leaves in float32")
     args = parser.parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,7 +189,15 @@ def main() -> None:
         if args.device == "cuda"
         else "cpu"
     )
+    out = args.out or ROOT / "benchmarks" / "results" / f"qat_step_{machine}.json"
+    args.out = out.name
     record: dict[str, Any] = {"machine": describe(), "shape": vars(args), "rows": {}}
+    if args.in_turn:
+        record["rows"] = measure_in_turn(args, {name: rows[name] for name in names})
+        write_json(out, record)
+        for name, result in record["rows"].items():
+            print(f"{name}: {result['ms']:.2f} ms, {result['over_first']:.3f} of the first in the same turn")
+        return
     table = Table(
         "step", "ms", "peak GB", "warm-up s", title=f"LLaMA {args.layers} x {args.hidden}, {args.batch} x {args.tokens}"
     )
@@ -168,7 +213,7 @@ def main() -> None:
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-            write_json(ROOT / "benchmarks" / "results" / f"qat_step_{machine}.json", record)
+            write_json(out, record)
     Console(width=100).print(table)
     pairs = (
         ("qat compiled", "kd compiled"),
