@@ -28,6 +28,8 @@ from tests.tiny_runs import (
     workspace,
     write_yaml,
 )
+from tsld_fx import prepare
+from tsld_fx.model_folders import load_float
 
 pytestmark = pytest.mark.xdist_group("cli_refusals")
 
@@ -167,6 +169,22 @@ def test_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
     refused(train(tmp_path, model=str(small)), "outside the model's vocabulary of 30 tokens", "tokenizer that belongs")
     outcome = run_cli("eval", small, "--text", text_file("test"), "--length", BLOCK)
     refused(outcome, "outside the model's vocabulary of 30 tokens")
+
+
+def test_trained_model_is_no_float_one_and_a_run_in_the_middle_is_no_model(tmp_path: Path) -> None:
+    prepare(load_float(str(float_folder()))).save_pretrained(tmp_path / "run" / "model")
+    for change in ({"model": str(tmp_path / "run")}, {"teacher": str(tmp_path / "run" / "model")}):
+        refused(train(tmp_path, **change), tmp_path / "run" / "model", "trained to low bits", "Give the float model")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.yaml").write_text("{}")
+    outcome = run_cli("convert", tmp_path / "begun", "--out", tmp_path / "packed")
+    refused(outcome, tmp_path / "begun", "this run has not finished", "it resumes")
+
+
+def test_schedule_without_a_pipeline(tmp_path: Path) -> None:
+    file = write_yaml(tmp_path / "run.yaml", settings())
+    outcome = run_cli("train", "--config", file, "--schedule", "1f1b", "--out", tmp_path / "out")
+    refused(outcome, "--schedule 1f1b belongs to pipelines", "--parallel pipeline")
 
 
 # ---------------------------------------------------------------- output folders

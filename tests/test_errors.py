@@ -12,7 +12,7 @@ import torch
 import tsld_fx
 from tests.models import POSITIONS, VOCABULARY, build, ids, ternary, unquantised
 from tsld_fx import AffineWeight, QuantConfig, TernaryWeight, TsldError, convert, errors, losses, prepare
-from tsld_fx.errors import BackendError, ConfigError, DataError, PassError, TrainingError
+from tsld_fx.errors import BackendError, CheckpointError, ConfigError, DataError, PassError, TrainingError
 
 
 def message(error: type[TsldError], call: Callable[[], object], *parts: str) -> str:
@@ -130,9 +130,31 @@ def test_prompt_longer_than_the_models_positions_gives_both_lengths() -> None:
         )
 
 
+def test_inputs_that_no_graph_takes_are_named() -> None:
+    prepared, lowered = ternary("llama")
+    message(DataError, lambda: prepared(ids().float()), "token numbers", "torch.float32 [2, 9]")
+    message(DataError, lambda: prepared(ids()[:, :0]), "[2, 0]")
+    message(DataError, lambda: prepared([[1, 2]]), "list")
+    message(DataError, lambda: prepared(ids() + VOCABULARY), "outside", str(VOCABULARY), "tokenizer")
+    message(DataError, lambda: prepared(ids(), attention_mask=ids()[:, :5]), "attention_mask [2, 5]", "[2, 9]")
+    message(DataError, lambda: prepared(ids(), labels=ids().float()), "labels are torch.float32")
+    message(DataError, lambda: lowered.generate(ids()[0], max_new_tokens=1), "[9]", "generate(**encoded)")
+    message(DataError, lambda: lowered.generate({"input_ids": ids()}, max_new_tokens=1), "dict", "generate(**encoded)")
+
+
+def test_configurations_of_another_class_are_named() -> None:
+    model = build("llama")
+    message(ConfigError, lambda: prepare(model, {"weight": None}), "expected a QuantConfig", "QuantConfig.from_dict")
+    message(ConfigError, lambda: prepare(model, TernaryWeight()), "expected a QuantConfig, got TernaryWeight")
+    message(ConfigError, lambda: prepare(model, distill="tsld"), "expected a DistillConfig, got 'tsld'")
+
+
 def test_refused_save_or_load_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(TsldError):
         tsld_fx.load(tmp_path / "missing")
     with pytest.raises(TsldError):
         tsld_fx.load_prepared(tmp_path / "missing")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for model in ternary("llama"):
+        message(CheckpointError, lambda m=model: m.save_pretrained(tmp_path / "file"), "a file is in the way")

@@ -67,6 +67,9 @@ def test_mode_of_the_model_is_put_back_and_dropout_is_off() -> None:
         (ids(1, 1)[0], {}, "at least two tokens, got 1"),
         (ids(1, 9)[0], {"stride": 0}, "stride=0 must be between 1 and the window's length 8"),
         (ids(1, 9)[0], {"stride": 9}, "stride=9"),
+        (ids(1, 9), {}, r"one stream of token numbers \[N\], got \[1, 9\]"),
+        (ids(1, 9)[0].float(), {}, "token numbers are int64"),
+        (ids(1, 9)[0], {"batch_size": 0}, "batch_size=0 must be at least 1"),
         (ids(1, 9)[0] + 97, {}, "outside the model's vocabulary of 97 tokens"),
     ],
 )

@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tests.tiny_runs import files_under
 from tsld_fx.errors import CheckpointError
-from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder, write_json, write_whole
+from tsld_fx.runs import MetricsFile, RunFolder, mark_whole, read_metrics, whole_folder, write_json, write_whole
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -91,6 +93,27 @@ def test_damaged_record_and_foreign_content(tmp_path: Path) -> None:
         RunFolder(tmp_path, {"a": 1})
     with pytest.raises(CheckpointError, match="a file is in the way"):
         RunFolder(tmp_path / "other", {"a": 1})
+
+
+def test_damaged_result_and_checkpoint_name_the_file(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", {"n": 1})
+    run.begin()
+    step = run.checkpoints / "checkpoint-3"
+    step.mkdir(parents=True)
+    torch.save({"a": torch.zeros(9)}, step / "optimizer.pt")
+    save_file({"a": torch.zeros(9)}, step / "model.safetensors")
+    write_json(step / "trainer_state.json", {"step": 3})
+    mark_whole(run.checkpoints, 3)
+    assert run.resume_point() == str(step)
+    for file in (step / "optimizer.pt", step / "model.safetensors", step / "trainer_state.json"):
+        kept = file.read_bytes()
+        file.write_bytes(kept[: len(kept) // 2])
+        with pytest.raises(CheckpointError, match=f"{file}: cut short or damaged.*Delete {step}"):
+            run.resume_point()
+        file.write_bytes(kept)
+    (run.path / "result.json").write_text('{"steps":')
+    with pytest.raises(CheckpointError, match=r"result\.json: damaged"):
+        run.result()
 
 
 def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path: Path) -> None:

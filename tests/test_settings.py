@@ -18,7 +18,7 @@ from tsld_fx.settings import DataSettings, RunSettings, read_yaml
 FULL: dict[str, Any] = {
     "model": "m",
     "teacher": "t",
-    "data": {"train": ["a.txt"], "validation": [], "test": ["b.txt"], "block_size": 64},
+    "data": {"train": ["a.txt"], "validation": ["v.txt"], "test": ["b.txt"], "block_size": 64},
     "quant": {"weight": {"bits": 4, "scale": "lsq"}, "overrides": {"*.down_proj": None}, "skip": []},
     "distill": {"losses": [{"kind": "tsld", "weight": 0.5}, {"kind": "gt"}], "separate_documents": True},
     "training": {"max_steps": 7, "learning_rate": 0.01},
@@ -68,6 +68,15 @@ def test_what_is_left_out_or_null_takes_its_default() -> None:
         ({"distill": {"tau": 3}}, "distill: unknown key 'tau'"),
         ({"training": {"lr": 1}}, "'lr' is not a field of transformers.TrainingArguments"),
         ({"training": {"learning_rate": "1e-4"}}, "in YAML write 1.0e-4, not 1e-4"),
+        ({"training": {"seed": "zero"}}, "training.seed must be a number, got 'zero'"),
+        ({"training": {"bf16": "yes"}}, "training.bf16 must be true or false, got 'yes'"),
+        ({"training": {"learning_rate": -1.0e-4}}, "training.learning_rate must be positive, got -0.0001"),
+        ({"training": {"num_train_epochs": 0}}, "training.num_train_epochs must be more than 0, got 0"),
+        ({"data": {"train": "a.txt", "test": "b.jsonl"}}, "data.train: text; data.test: task files"),
+        ({"data": {"train": "a.txt"}, "keep": "best"}, "keep='best' goes by the validation loss"),
+        ({"training": {"eval_strategy": "no"}, "keep": "best"}, "keep='best' goes by the validation loss"),
+        ({"parallel": "ddp"}, "parallel: expected a mapping of mode"),
+        ({"parallel": {"schedule": "2f2b"}}, "parallel.schedule='2f2b' is not one of gpipe"),
         ({"training": {"output_dir": "x"}}, "training.output_dir is set by tsld_fx"),
         ({"training": {"save_steps": 5}}, "checkpoint_steps, keep"),
         ({"training": {"max_steps": 0}}, "max_steps must be a whole number of at least 1, got 0"),
@@ -130,7 +139,7 @@ def test_options_win_over_the_file_and_keep_the_rest_of_it(tmp_path: Path) -> No
     )
     first = RunSettings.from_dict(FULL)
     assert (merged.model, merged.teacher) == ("other", "t")
-    assert merged.data == DataSettings(train=("c.txt",), validation=(), test=("b.txt",), block_size=64)
+    assert merged.data == DataSettings(train=("c.txt",), validation=("v.txt",), test=("b.txt",), block_size=64)
     assert merged.training == {"max_steps": 9, "learning_rate": 0.01}
     assert merged.quant.weight == TernaryWeight(scale="absmean")
     assert merged.quant.overrides == first.quant.overrides
@@ -144,6 +153,12 @@ def test_runs_of_a_comparison_overlay_what_they_share() -> None:
     assert (runs["b"].keep, runs["b"].data) == ("last", runs["a"].data)
 
 
+def test_runs_may_have_numbers_for_names() -> None:
+    runs = read_runs({"shared": FULL, "runs": {4: {"keep": "last"}, 8: None}, "seeds": {8: [0, 1]}})
+    assert list(runs) == ["4", "8-seed0", "8-seed1"]
+    assert runs["4"].keep == "last" and runs["8-seed1"].training["seed"] == 1
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -155,6 +170,11 @@ def test_runs_of_a_comparison_overlay_what_they_share() -> None:
         ({"shared": FULL, "runs": {"a": 5}}, r"runs\.a: expected a mapping"),
         ({"shared": FULL, "runs": {"a": {"distill": {"method": "magic"}}}}, "method='magic'"),
         ({"runs": {"a": {}}}, r"runs\.a: 'model' is missing"),
+        *(
+            ({"shared": FULL, "runs": {name: {}}}, f"runs: '{name}' cannot be the name of a run and its folder")
+            for name in ("", "../a", "a/b", ".a", "teacher", "table.json")
+        ),
+        ({"shared": FULL, "runs": {"a": {}, "a-seed0": {}}, "seeds": {"a": [0]}}, "would have the folder 'a-seed0'"),
     ],
 )
 def test_mistakes_in_a_comparison(config: dict[str, Any], message: str) -> None:

@@ -69,8 +69,10 @@ def test_a_bad_line_is_named(tmp_path: Path, row: Any, message: str) -> None:
 
 
 def test_absent_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"b\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"b\.jsonl: No such file"):
         read_examples(str(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match="Give a JSON Lines file"):
+        read_examples(str(tmp_path))
     with pytest.raises(DataError, match="no examples"):
         read_examples(str(write(tmp_path / "c.jsonl", "", "  ")))
 
@@ -192,7 +194,7 @@ def test_task_files_and_text_do_not_mix(tmp_path: Path) -> None:
     task = str(questions(tmp_path / "q.jsonl", 4, 0))
     mixed = settings(data={"train": [task, str(text_file("train"))]})
     both = settings(data={"train": [task], "validation": [str(text_file("validation"))], "block_size": 38})
-    for config, message in ((mixed, "mix task files"), (both, "data.validation is text, data.train is a task file")):
+    for config, message in ((mixed, "mix task files"), (both, "data.validation: text; data.train: task files")):
         outcome = run_cli("train", "--config", write_yaml(tmp_path / "c.yaml", config), "--out", tmp_path / "out")
         assert outcome.code == 2 and message in outcome.err, outcome.err
     assert not (tmp_path / "out").exists()

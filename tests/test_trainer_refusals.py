@@ -16,6 +16,7 @@ from tests.tiny_runs import arguments, random_rows
 from tsld_fx import DistillConfig, PreparedModel, TSLDTrainer, prepare
 from tsld_fx.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tsld_fx.runs import last_whole_checkpoint
+from tsld_fx.task_data import collate
 
 
 def student() -> PreparedModel:
@@ -95,6 +96,28 @@ def test_batch_with_every_label_masked_is_refused(method: Any, tmp_path: Path) -
     rows.columns["labels"][:] = -100
     with pytest.raises(DataError, match="every label of this batch is -100"):
         trainer(tmp_path, train_dataset=rows, distill=DistillConfig(method)).train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no samples"),
+        (
+            [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (4, 5)],
+            "sample 0 has 4 tokens, sample 1",
+        ),
+        ([{"input_ids": [1, VOCABULARY], "labels": [1, 2]}], f"token {VOCABULARY} is outside"),
+        ([{"input_ids": [1, -2], "labels": [1, 2]}], "token -2 is outside"),
+    ],
+)
+def test_samples_that_no_batch_can_be_made_of_are_refused(rows: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        trainer(tmp_path, train_dataset=rows).train()
+
+
+def test_samples_of_several_lengths_train_with_a_collator_that_pads(tmp_path: Path) -> None:
+    rows = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in range(4, 12)]
+    assert trainer(tmp_path, train_dataset=rows, data_collator=collate).train().global_step == 4
 
 
 def test_batch_without_labels_is_refused(tmp_path: Path) -> None:

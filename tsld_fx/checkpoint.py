@@ -85,6 +85,9 @@ def from_pretrained(folder: Path, **kwargs: Any) -> Any:
         CheckpointError: a file is cut short, or a tensor is missing or of another shape than the model's.
         BackendError: too little memory on a device of `device_map`.
     """
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CheckpointError(f"{folder}: dtype={dtype!r} is none of torch's. Use one such as torch.float16.")
     _check_packed_names(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

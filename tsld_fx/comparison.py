@@ -18,8 +18,10 @@ from tsld_fx.errors import CheckpointError, ConfigError, TrainingError
 from tsld_fx.plots import plot_comparison
 from tsld_fx.post_training_runs import BaselineSettings, evaluate_baseline
 from tsld_fx.recipes import train
-from tsld_fx.runs import read_metrics, write_json, write_whole
+from tsld_fx.runs import check_folder, read_metrics, write_json, write_whole
 from tsld_fx.settings import RunSettings, check_keys
+
+_TAKEN = ("teacher", "no training", "table.json", "perplexity.png")  # other rows, other files
 
 
 def read_runs(config: Mapping[str, Any]) -> dict[str, RunSettings]:
@@ -41,7 +43,7 @@ def read_runs(config: Mapping[str, Any]) -> dict[str, RunSettings]:
         raise ConfigError(
             "compare: 'runs' is empty. Give at least one, such as 'runs: {tsld: {distill: {method: tsld}}}'."
         )
-    shared = config.get("shared") or {}
+    shared, runs = config.get("shared") or {}, {str(name): run for name, run in runs.items()}
     for where, part in {"shared": shared, **{f"runs.{name}": run or {} for name, run in runs.items()}}.items():
         check_keys(where, part, [f.name for f in fields(RunSettings)])
     found = {}
@@ -61,14 +63,21 @@ def seed_folders(config: Mapping[str, Any]) -> dict[str, dict[int | None, str]]:
         ConfigError: seeds that are no whole numbers, or of a run that does not exist.
     """
     seeds, names = config.get("seeds"), [str(name) for name in config.get("runs") or {}]
-    by_name = seeds if isinstance(seeds, Mapping) else dict.fromkeys(names, seeds)
+    by_name = {str(n): s for n, s in seeds.items()} if isinstance(seeds, Mapping) else dict.fromkeys(names, seeds)
     for name, numbers in by_name.items():
         if name not in names:
             raise ConfigError(f"seeds: there is no run {name!r}. The runs are {', '.join(names)}.")
         good = isinstance(numbers, list) and numbers and all(type(n) is int and n >= 0 for n in numbers)
         if numbers is not None and (not good or len(set(numbers)) < len(numbers)):
             raise ConfigError(f"seeds: expected a list of different whole numbers, got {numbers!r}.")
-    return {name: {s: name if s is None else f"{name}-seed{s}" for s in by_name.get(name) or [None]} for name in names}
+    found = {name: {s: f"{name}-seed{s}" for s in by_name.get(name) or ()} or {None: name} for name in names}
+    folders = [folder for by_seed in found.values() for folder in by_seed.values()]
+    for folder in folders:
+        if folder in _TAKEN or folder.startswith(".") or set("/\\\0") & set(folder) or not folder:
+            raise ConfigError(f"runs: {folder!r} cannot be the name of a run and its folder. Choose another.")
+        if folders.count(folder) > 1:
+            raise ConfigError(f"runs: two of them would have the folder {folder!r}. Choose another name.")
+    return found
 
 
 def read_baselines(config: Mapping[str, Any]) -> dict[str, BaselineSettings]:
@@ -82,7 +91,7 @@ def read_baselines(config: Mapping[str, Any]) -> dict[str, BaselineSettings]:
         raise ConfigError(f"baselines: expected a mapping of names to methods, got {baselines!r}.")
     folders = {folder for by_seed in seed_folders(config).values() for folder in by_seed.values()}
     for name in baselines:
-        if name in folders or name in ("teacher", "no training"):
+        if name in folders or name in _TAKEN:
             raise ConfigError(f"baselines.{name}: another row has this name. Choose another.")
     shared = config.get("shared") or {}
     return {str(n): BaselineSettings.from_dict(b or {}, shared, f"baselines.{n}") for n, b in baselines.items()}
@@ -153,8 +162,7 @@ def gather(
 
 def _check_folder(out: Path, runs: Sequence[str]) -> None:
     """Refuse a folder that holds something else than a comparison's runs."""
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: a file is in the way of the output folder. Choose another folder.")
+    check_folder(out)
     if (out / "run.yaml").is_file():
         raise CheckpointError(f"{out}: the folder belongs to a single run. Choose another folder for the comparison.")
     begun = any((out / name / "run.yaml").is_file() or (out / f"{name}.yaml").is_file() for name in runs)

@@ -34,9 +34,16 @@ def _check_group(owner: str, granularity: str, group_size: int | None) -> None:
 
 
 def check_positive(owner: str, name: str, value: float | None) -> None:
-    """Refuse what is neither None nor a positive number."""
-    if value is not None and not (isinstance(value, int | float) and value > 0):
+    """Refuse what is neither None nor a positive, finite number."""
+    if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise ConfigError(f"{owner}: {name} must be a positive number, got {value!r}.")
+
+
+def check_type(owner: str, value: object, cls: type) -> None:
+    """Refuse a configuration that is not of its class."""
+    if not isinstance(value, cls):
+        name = cls.__name__
+        raise ConfigError(f"{owner}: expected a {name}, got {value!r}. Make one; {name}.from_dict reads plain data.")
 
 
 @dataclass(frozen=True)
@@ -170,8 +177,10 @@ class QuantConfig:
     scale_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.skip, str):
-            raise ConfigError(f"QuantConfig: skip must be a tuple of names, got the string {self.skip!r}.")
+        if not isinstance(self.skip, tuple | list):
+            raise ConfigError(f"QuantConfig: skip must be a tuple of names, got {self.skip!r}.")
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"QuantConfig: overrides must map patterns to specifications, got {self.overrides!r}.")
         if self.weight is not None and not isinstance(self.weight, TernaryWeight | AffineWeight):
             raise ConfigError(f"QuantConfig: weight must be TernaryWeight, AffineWeight or None, got {self.weight!r}.")
         for pattern, spec in self.overrides.items():
@@ -232,15 +241,18 @@ class QuantConfig:
         Raises:
             ConfigError: an unknown key or value.
         """
+        known = [f.name for f in fields(cls)]
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"quant: expected a mapping of {', '.join(known)}; got {data!r}.")
         values = dict(data)
-        _refuse_unknown("quant", values, [f.name for f in fields(cls)])
+        _refuse_unknown("quant", values, known)
         if "weight" in values:
             values["weight"] = _spec_from_dict("weight", values["weight"])
         if "overrides" in values:
             overrides = _pairs(values["overrides"] or {})
             values["overrides"] = {p: _spec_from_dict(f"overrides[{p!r}]", s) for p, s in overrides.items()}
-        if "skip" in values and not isinstance(values["skip"], str):  # a string is refused by the constructor
-            values["skip"] = tuple(values["skip"] or ())
+        if values.get("skip", ()) is None:
+            values["skip"] = ()
         return cls(**values)
 
 

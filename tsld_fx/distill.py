@@ -92,11 +92,17 @@ class DistillConfig:
     cache_folder: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
+        if self.method not in list(METHODS):
             raise ConfigError(f"DistillConfig: method={self.method!r} is not one of {', '.join(METHODS)}.")
+        for name in ("separate_documents", "fused", "cuda_graph"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"DistillConfig: {name} must be true or false, got {getattr(self, name)!r}.")
         if self.losses is not None:
-            if not self.losses:
-                raise ConfigError("DistillConfig: losses is empty. Give at least one LossTerm or use method=.")
+            if not isinstance(self.losses, list | tuple) or not self.losses:
+                raise ConfigError(
+                    f"DistillConfig: losses must be a list of LossTerms, got {self.losses!r}. Or leave it out and use "
+                    "method=."
+                )
             object.__setattr__(self, "losses", tuple(_as_term(term) for term in self.losses))
         if self.teacher_cache not in (None, "token_scores", "hidden_states", "top_logits"):
             raise ConfigError(
@@ -115,6 +121,11 @@ class DistillConfig:
             raise ConfigError("DistillConfig: only TSLD has token scores. Use teacher_cache='hidden_states'.")
         if self.teacher_cache and not self.fused:
             raise ConfigError("DistillConfig: teacher_cache needs fused=True.")
+        if self.teacher_cache and (self.taps or not self.needs_teacher):
+            raise ConfigError(
+                f"DistillConfig: teacher_cache={self.teacher_cache!r} keeps what losses over the teacher's logits "
+                f"need; here are {', '.join(term.kind for term in self.terms())}. Leave teacher_cache out."
+            )
         self.terms()  # the named method's terms are checked too
 
     def terms(self) -> tuple[LossTerm, ...]:

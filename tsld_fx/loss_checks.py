@@ -29,6 +29,8 @@ def check_labels(labels: Tensor, logits_shape: tuple[int, ...]) -> None:
 
 
 def _check_vocabulary(labels: Tensor, vocabulary: int) -> None:
+    if labels.is_floating_point():
+        raise DataError(f"labels are {labels.dtype}; they are token numbers, int64. Call .long() on them.")
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocabulary))
     if bool(wrong.any()):
         row, token = (int(i) for i in wrong.nonzero()[0])

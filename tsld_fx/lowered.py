@@ -23,7 +23,8 @@ from tsld_fx.passes.graph_tools import attribute, calls, module_path
 from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
 from tsld_fx.prepared import PreparedModel
-from tsld_fx.prepared_inputs import check_length
+from tsld_fx.prepared_inputs import check_ids, check_length
+from tsld_fx.runs import check_folder
 
 if TYPE_CHECKING:
     from tsld_fx.decode import Decoder
@@ -87,10 +88,11 @@ class LoweredModel(PreTrainedModel):
         """transformers' generate; over the static cache of `compile_decode` where that serves the call.
 
         Raises:
-            DataError: prompt and new tokens are more than the model has learned positions for.
+            DataError: no token numbers, or prompt and new tokens are more than the model has learned positions for.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
+            check_ids(prompt, "generate", "Of a tokenizer's result pass generate(**encoded).")
             new = kwargs.get("max_new_tokens") or getattr(kwargs.get("generation_config"), "max_new_tokens", None)
             length = kwargs.get("max_length") if new is None else prompt.shape[1] + new
             check_length(self, max(prompt.shape[1], (length or 0) - 1))  # the last token is never fed back
@@ -114,7 +116,12 @@ class LoweredModel(PreTrainedModel):
         return decoder.generate(*prompt, options)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """transformers' save_pretrained; a folder without a README.md of its own also gets a model card."""
+        """transformers' save_pretrained; a folder without a README.md of its own also gets a model card.
+
+        Raises:
+            CheckpointError: a file is in the way of the folder.
+        """
+        check_folder(os.fspath(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_card(self.config, Path(save_directory))

@@ -19,7 +19,7 @@ from tsld_fx.lowered import LoweredModel, convert
 from tsld_fx.model_card import write_card
 from tsld_fx.preparation import load_prepared, prepare
 from tsld_fx.prepared import PreparedModel
-from tsld_fx.runs import whole_folder
+from tsld_fx.runs import check_folder, whole_folder
 from tsld_fx.text_data import DEMO
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,16 +31,19 @@ def model_folder(name: str | Path) -> str:
 
 
 def load_float(name: str) -> PreTrainedModel:
-    """A float model in float32 from a folder, the hub, or `demo` for the embedded one.
+    """A float model in float32 from a folder, a run's folder, the hub, or `demo` for the embedded one.
 
     Raises:
-        TsldError: not there, damaged, packed already, or an encoder-decoder model.
+        TsldError: not there, damaged, quantised already, or an encoder-decoder model.
     """
-    name = model_folder(name)
+    name = _model_in(name)
     folder = Path(name)
     if folder.exists():
-        if (read_config(folder).get("quantization_config") or {}).get("quant_method") == METHOD:
+        config = read_config(folder)
+        if (config.get("quantization_config") or {}).get("quant_method") == METHOD:
             raise CheckpointError(f"{name}: this model is converted already. Give the float model it was made from.")
+        if "tsld_fx" in config:
+            raise CheckpointError(f"{name}: this model is trained to low bits. Give the float model it was made from.")
         weight_files(folder)
     try:
         encoder_decoder = bool(AutoConfig.from_pretrained(name).is_encoder_decoder)
@@ -65,8 +68,9 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         CheckpointError: there is none.
     """
+    folder = _model_in(name)
     try:
-        return AutoTokenizer.from_pretrained(_model_in(name))
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
@@ -118,6 +122,8 @@ def load_any(name: str, device: str = "cpu", dtype: str | None = None) -> PreTra
 def _model_in(name: str | Path) -> str:
     """A run's folder means its `model` folder."""
     inner = Path(name) / "model"
+    if (Path(name) / "run.yaml").is_file() and not inner.exists():
+        raise CheckpointError(f"{name}: this run has not finished. Give its command again; it resumes.")
     return str(inner) if (inner / "config.json").is_file() else model_folder(name)
 
 
@@ -153,8 +159,7 @@ def convert_folder(
         TsldError: the folder is taken, or the model cannot be converted.
     """
     out, folder = Path(out), _model_in(name)
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: a file is in the way of the output folder. Choose another folder.")
+    check_folder(out)
     if Path(folder).resolve().is_relative_to(out.resolve()):
         raise CheckpointError(f"{out}: the output folder is or holds the model to convert. Choose another folder.")
     if out.exists() and any(out.iterdir()) and not force:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tsld_fx.errors import DataError
 from tsld_fx.losses import IGNORE, token_cross_entropy
+from tsld_fx.prepared_inputs import check_tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def perplexity(
         raise DataError(f"perplexity needs at least two tokens, got {tokens.numel()}. Give more text.")
     if stride is not None and not 1 <= stride <= length:
         raise DataError(f"stride={stride} must be between 1 and the window's length {length}.")
-    check_tokens(tokens, model)
+    check_stream(tokens, model)
+    if batch_size < 1:
+        raise DataError(f"perplexity: batch_size={batch_size} must be at least 1.")
     device = next(model.parameters()).device
     batches = list(windows(tokens, length, stride or length, batch_size, overlap=stride is not None))
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -72,19 +74,15 @@ def perplexity(
     return Perplexity(math.exp(min(loss, 700.0)), loss, count)
 
 
-def check_tokens(tokens: Tensor, model: nn.Module) -> None:
-    """Refuse token numbers that the model's embedding does not have.
+def check_stream(tokens: Tensor, model: nn.Module) -> None:
+    """Refuse what is no stream [N] of token numbers that the model has.
 
     Raises:
-        DataError: it gives both sizes.
+        DataError: it gives the shape, or the token and the vocabulary.
     """
-    embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    known = getattr(embedding, "num_embeddings", None)
-    if known is not None and tokens.numel() and int(tokens.max()) >= known:
-        raise DataError(
-            f"token {int(tokens.max())} is outside the model's vocabulary of {known} tokens. "
-            "Use the tokenizer that belongs to the model."
-        )
+    if tokens.ndim != 1:
+        raise DataError(f"a text is one stream of token numbers [N], got {list(tokens.shape)}. Flatten it.")
+    check_tokens(tokens, model)
 
 
 def windows(

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tsld_fx.capture import check_decoder
-from tsld_fx.config import QuantConfig
+from tsld_fx.config import QuantConfig, check_type
 from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import CheckpointError, ConfigError
 from tsld_fx.passes.runner import Listener
@@ -46,14 +46,16 @@ def prepare(
     Raises:
         TsldError: the model is no decoder, cannot be captured, or does not fit the configuration.
     """
-    config = config or QuantConfig()
+    config, distill = config or QuantConfig(), distill or DistillConfig("gt")
+    check_type("prepare", config, QuantConfig)
+    check_type("prepare", distill, DistillConfig)
     if isinstance(model, PreparedModel):
         raise ConfigError("prepare: the model is prepared already. Load it again to prepare it in another way.")
     check_decoder(model)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ConfigError("prepare: the model's weights are quantised already. Start from the float checkpoint.")
     _upcast(model)
-    prepared = graph_model(model, config, distill.taps if distill else (), listener)
+    prepared = graph_model(model, config, distill.taps, listener)
     prepared.config.tsld_fx = config.to_dict()
     return prepared
 

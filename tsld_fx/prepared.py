@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,7 @@ from tsld_fx.passes.set_dropout import SetDropout
 from tsld_fx.passes.split_off_head import SplitOffHead
 from tsld_fx.prepared_inputs import check_inputs
 from tsld_fx.prepared_state import Ending, GraphState, HeadInput, PreparedOutput, ending_name
+from tsld_fx.runs import check_folder
 
 LEARNED_LEAVES = ("weight_scale", "weight_clip")
 
@@ -68,7 +70,7 @@ class PreparedModel(PreTrainedModel):
         Raises:
             DataError: inputs that do not fit the model.
         """
-        check_inputs(self, input_ids, kwargs)
+        check_inputs(self, input_ids, kwargs, attention_mask)
         if head_loss is not None:
             values = self._run(head_loss.objective, input_ids, attention_mask, position_ids, head_loss.tensors())
             taps = {tap: _tapped(values, tap) for tap in ("hidden_states", "attention_scores")}
@@ -84,7 +86,7 @@ class PreparedModel(PreTrainedModel):
 
     def head_input(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HeadInput:
         """Run the graph up to its head, for a model whose `fuse_head_loss` is possible."""
-        check_inputs(self, input_ids, {})
+        check_inputs(self, input_ids, {}, attention_mask)
         values = self._run("head_input", input_ids, attention_mask, None, {})
         return HeadInput(*(values[name] for name in split_off_head.RESULTS))
 
@@ -127,6 +129,15 @@ class PreparedModel(PreTrainedModel):
         self._tsld.graphs = {key: graph for key, graph in self._tsld.graphs.items() if not key[1]}
         for graph_module in self._tsld.graphs.values():
             run_passes(graph_module, [InsertDistillationHooks(taps)])
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers' save_pretrained: the float weights, and how they are quantised (`load_prepared` reads it).
+
+        Raises:
+            CheckpointError: a file is in the way of the folder.
+        """
+        check_folder(os.fspath(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def learned_scales(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of the learned scales and clips."""

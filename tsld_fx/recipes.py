@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from tsld_fx.distributed.ranks import Alone, Ranks, join
 from tsld_fx.errors import ConfigError
 from tsld_fx.model_folders import check_window, load_float, load_tokenizer
-from tsld_fx.perplexity import check_tokens, perplexity
+from tsld_fx.perplexity import check_stream, perplexity
 from tsld_fx.plots import plot_run
 from tsld_fx.preparation import prepare
 from tsld_fx.progress import RichProgress
@@ -50,7 +50,7 @@ class _Text:
         for split in ("train", "validation", "test"):
             stream = self.stream(split)
             if stream is not None:
-                check_tokens(stream, model)
+                check_stream(stream, model)
                 if split != "test":
                     self.blocks(split)
 
@@ -85,6 +85,8 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
     """
     if not settings.data.validation:
         raise ConfigError("finetune needs validation text to find the best epoch. Give data.validation.")
+    if patience < 1:
+        raise ConfigError(f"finetune: patience={patience} must be at least 1 epoch.")
     ranks = join(bool(settings.training.get("use_cpu", False)))
     record = {"command": "finetune", "patience": patience, **settings.to_dict()}
     folder = ranks.agree(lambda: RunFolder(out, record))
@@ -262,4 +264,4 @@ def training_arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool 
     try:
         return TrainingArguments(output_dir=str(folder.checkpoints), report_to=[], **values)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training: transformers refuses these arguments: {error}") from None
+        raise ConfigError(f"training: transformers refuses these arguments: {error}. Mend or remove them.") from None

@@ -11,11 +11,13 @@ import re
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsld_fx.errors import CheckpointError
@@ -58,6 +60,16 @@ def check_file(file: str | Path) -> None:
     if file.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "a folder is in its place" if file.is_dir() else f"{nearest} is no folder that can be written to"
         raise CheckpointError(f"{file}: cannot be written: {what}. Choose another file.")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder to write whose place is taken by a file.
+
+    Raises:
+        CheckpointError: a file is in the way.
+    """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: a file is in the way of the output folder. Choose another folder.")
 
 
 @contextlib.contextmanager
@@ -126,6 +138,26 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
+def check_checkpoint(folder: str | Path) -> None:
+    """Refuse a checkpoint with a file that is cut short or damaged.
+
+    Raises:
+        CheckpointError: it names the file.
+    """
+    for file in sorted(Path(folder).iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                safe_open(file, framework="np")
+            elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # what torch.save writes
+                raise ValueError("it does not end as it should")
+        except (ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file}: cut short or damaged ({error}). Delete {folder} to resume from the checkpoint before it."
+            ) from None
+
+
 class RunFolder:
     """The output folder of one command: `run.yaml`, `metrics.jsonl`, `checkpoints/`, results and plots.
 
@@ -143,8 +175,7 @@ class RunFolder:
         self.path = Path(path)
         settings = json.loads(json.dumps(settings))
         record = self.path / "run.yaml"
-        if self.path.exists() and not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: a file is in the way of the output folder. Choose another folder.")
+        check_folder(self.path)
         if record.is_file():
             self._check_same(record, settings)
         elif self.path.is_dir() and any(not p.name.startswith(f".{record.name}.") for p in self.path.iterdir()):
@@ -163,7 +194,7 @@ class RunFolder:
     def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
         try:
             recorded = yaml.safe_load(record.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{record}: not valid YAML ({error}). Delete the folder and start again.") from None
         if recorded == settings:
             return
@@ -187,12 +218,17 @@ class RunFolder:
     def resume_point(self) -> str | None:
         """The checkpoint to resume from, None to start from the beginning."""
         found = last_whole_checkpoint(self.checkpoints)
+        if found is not None:
+            check_checkpoint(found)
         return None if found is None else str(found)
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run wrote, None while it has not finished."""
         file = self.path / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except ValueError as error:
+            raise CheckpointError(f"{file}: damaged ({error}). Delete it; the run ends once more.") from None
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
@@ -252,11 +288,11 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut short by a kill is left out."""
+    """The lines of a metrics file; what is no log line, such as a last one cut short by a kill, is left out."""
     if not file.is_file():
         return []
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and "step" in line]

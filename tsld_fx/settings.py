@@ -13,6 +13,7 @@ from tsld_fx.config import QuantConfig
 from tsld_fx.distill import DistillConfig
 from tsld_fx.distributed.config import ParallelConfig
 from tsld_fx.errors import ConfigError
+from tsld_fx.task_data import holds_tasks
 from tsld_fx.text_data import DEMO
 
 # What a run uses unless its settings say otherwise. Batch, block and rate are the paper's (section 5.1).
@@ -25,7 +26,8 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "seed": 0,
 }
-_NUMBERS = ("learning_rate", "max_steps", "num_train_epochs", "weight_decay", "max_grad_norm")
+_NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+_SPLITS = ("train", "validation", "test")
 _COUNTS = (
     "max_steps",
     "per_device_train_batch_size",
@@ -55,12 +57,18 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.packing, bool):
             raise ConfigError(f"data.packing must be true or false, got {self.packing!r}.")
-        for name in ("train", "validation", "test"):
+        for name in _SPLITS:
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else value or ()
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
                 raise ConfigError(f"data.{name} must be a name or a list of names, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
+        kinds = {name: holds_tasks(getattr(self, name)) for name in _SPLITS if getattr(self, name)}
+        if len(set(kinds.values())) > 1:
+            text, tasks = ([f"data.{n}" for n, k in kinds.items() if k is kind] for kind in (False, True))
+            raise ConfigError(
+                f"{', '.join(text)}: text; {', '.join(tasks)}: task files. Give text, or task files (.jsonl), for all."
+            )
         if not isinstance(self.block_size, int) or self.block_size < 2:
             raise ConfigError(f"data.block_size must be a whole number of at least 2, got {self.block_size!r}.")
 
@@ -108,6 +116,11 @@ class RunSettings:
                     "(a file, a data set's name, or 'demo')."
                 )
             object.__setattr__(self, "data", replace(self.data, train=(DEMO,), validation=(DEMO,)))
+        if self.keep == "best" and (not self.data.validation or self.training.get("eval_strategy") == "no"):
+            raise ConfigError(
+                "keep='best' goes by the validation loss. Give data.validation, and leave training.eval_strategy out "
+                "or set it to 'steps' or 'epoch'."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for run.yaml."""
@@ -183,7 +196,7 @@ def _check_training(training: Mapping[str, Any]) -> None:
 
     if not isinstance(training, Mapping):
         raise ConfigError(f"training: expected a mapping of TrainingArguments' fields, got {training!r}.")
-    known = [f.name for f in fields(TrainingArguments) if f.init]
+    known = {f.name: f.default for f in fields(TrainingArguments) if f.init}
     fixed = ("output_dir", "save_strategy", "save_steps", "load_best_model_at_end", "report_to")
     for key, value in training.items():
         if key in fixed:
@@ -192,8 +205,12 @@ def _check_training(training: Mapping[str, Any]) -> None:
             )
         if key not in known:
             raise ConfigError(f"training: {key!r} is not a field of transformers.TrainingArguments.")
-        if key in _NUMBERS and (not isinstance(value, int | float) or isinstance(value, bool)):
+        if isinstance(known[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"training.{key} must be true or false, got {value!r}.")
+        if type(known[key]) in (int, float) and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ConfigError(f"training.{key} must be a number, got {value!r} (in YAML write 1.0e-4, not 1e-4).")
+        if (key in _NOT_NEGATIVE and value < 0) or (key == "num_train_epochs" and value <= 0):
+            raise ConfigError(f"training.{key} must be {'positive' if value else 'more than 0'}, got {value!r}.")
         if key in _COUNTS and not (isinstance(value, int) and (value > 0 or (key, value) == ("max_steps", -1))):
             raise ConfigError(f"training.{key} must be a whole number of at least 1, got {value!r}.")
 

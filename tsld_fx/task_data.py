@@ -79,8 +79,8 @@ def read_examples(sources: str | Sequence[str], tokenizer: Any = None) -> list[E
 def _read_file(path: Path, tokenizer: Any) -> Iterable[Example]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Give a JSON Lines file of prompts and answers.") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}. Give a JSON Lines file of prompts and answers.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error}). Write the file as UTF-8.") from None
     for number, line in enumerate(lines, 1):

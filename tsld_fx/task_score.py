@@ -12,11 +12,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tsld_fx.errors import ConfigError
 from tsld_fx.losses import token_cross_entropy
-from tsld_fx.perplexity import check_tokens
+from tsld_fx.prepared_inputs import check_tokens
 from tsld_fx.settings import RunSettings
-from tsld_fx.task_data import AnswerSamples, Encoded, Example, collate, encode, encode_all, holds_tasks, read_examples
+from tsld_fx.task_data import AnswerSamples, Encoded, Example, collate, encode, encode_all, read_examples
 
 
 @dataclass(frozen=True)
@@ -119,16 +118,10 @@ class TaskRun:
         """Read and encode all of it, so that what cannot be used is refused before anything is written.
 
         Raises:
-            TsldError: a split that is text, a bad line, examples that are all too long, another vocabulary.
+            TsldError: a bad line, examples that are all too long, another vocabulary.
         """
         for split in ("train", "validation", "test"):
-            sources = getattr(self.settings.data, split)
-            if not sources:
-                continue
-            if not holds_tasks(sources):
-                raise ConfigError(f"data.{split} is text, data.train is a task file. Give task files (.jsonl) for all.")
-            samples = self.blocks(split)
-            assert samples is not None
+            samples = self.blocks(split) or ()
             for index in range(len(samples)):
                 check_tokens(samples[index]["input_ids"], model)
 

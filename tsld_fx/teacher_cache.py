@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tsld_fx.errors import CheckpointError, ConfigError, DataError
-from tsld_fx.runs import whole_folder, write_json
+from tsld_fx.runs import check_folder, whole_folder, write_json
 
 VERSION = 2
 KINDS = ("token_scores", "hidden_states", "top_logits")
@@ -107,6 +107,7 @@ class TeacherCache:
             return True
         record = self.folder / "cache.json"
         if not record.is_file():
+            check_folder(self.folder)
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise CheckpointError(
                     f"{self.folder}: the folder is not empty and no teacher cache. Choose another one."

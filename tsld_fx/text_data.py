@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tsld_fx.errors import DataError
+from tsld_fx.task_data import is_task_file
 
 DEMO = "demo"
-_TEXT_FILES = (".txt", ".xz", ".md", ".json", ".jsonl", ".csv")
+_TEXT_FILES = (".txt", ".xz", ".md", ".json", ".csv")
 
 
 def read_documents(source: str | Sequence[str], split: str = "train") -> list[str]:
@@ -44,6 +45,8 @@ def _read(source: str, split: str) -> list[str]:
             raise DataError(f"{DEMO}: no split {split!r}. It has {', '.join(splits)}.")
         return [document.text for document in splits[split]]
     path = Path(source)
+    if is_task_file(source):
+        raise DataError(f"{source}: a file of prompts and answers; this wants plain text. Give a .txt file.")
     if path.is_file():
         return [_read_file(path)]
     if path.suffix in _TEXT_FILES and not path.exists():

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tsld_fx import losses
 from tsld_fx.cached_samples import FIELDS, CachedBatches, CachedSamples
+from tsld_fx.config import check_type
 from tsld_fx.distill import DistillConfig, LossTerm
 from tsld_fx.distributed.objective import learnable
 from tsld_fx.distributed.objective import objective as plain_objective
@@ -74,8 +75,9 @@ class TSLDTrainer(LeanTrainer):
                 "TSLDTrainer: every parameter of the student has requires_grad=False, so there is nothing to train. "
                 "Call model.requires_grad_(True), or load the student anew."
             )
-        check_sharding(kwargs.get("args"))
         self.distill = distill or DistillConfig()
+        check_type("TSLDTrainer", self.distill, DistillConfig)
+        check_sharding(kwargs.get("args"))
         if self.distill.needs_teacher:
             check_teacher(teacher, model)
         super().__init__(model=model, **kwargs)

@@ -8,26 +8,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, default_data_collator
 from transformers.trainer_utils import TrainOutput
 
 from tsld_fx.distributed.ranks import Ranks, finite_everywhere
 from tsld_fx.errors import CheckpointError, TrainingError
 from tsld_fx.quantizers import all_finite
-from tsld_fx.runs import last_whole_checkpoint, mark_whole, unmark_whole
+from tsld_fx.runs import check_checkpoint, last_whole_checkpoint, mark_whole, unmark_whole
+from tsld_fx.sample_checks import check_samples
 
 
 class WholeCheckpointTrainer(Trainer):
     """A Trainer whose checkpoints are whole or ignored, and that stops at the first NaN or Inf."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trainer.train; with `resume_from_checkpoint=True` it takes the last checkpoint that was written whole."""
+        """Trainer.train; with `resume_from_checkpoint=True` it takes the last checkpoint that was written whole.
+
+        Raises:
+            TsldError: samples that no batch can be made of, or no good checkpoint to resume from.
+        """
+        check_samples(self.train_dataset, self.model, stacked=self.data_collator is default_data_collator)
         if resume_from_checkpoint is True:
             found = last_whole_checkpoint(self.args.output_dir)
             if found is None:
                 raise CheckpointError(
                     f"{self.args.output_dir}: no whole checkpoint to resume from. Start without resume_from_checkpoint."
                 )
+            check_checkpoint(found)
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint and (state := self._finished_state(Path(resume_from_checkpoint))) is not None:
             best = state.best_model_checkpoint if self.args.load_best_model_at_end else None

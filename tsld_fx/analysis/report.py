@@ -18,8 +18,8 @@ from tsld_fx.analysis.curves import LossCurves
 from tsld_fx.analysis.errors_by_place import PlaceErrors, errors_by_place
 from tsld_fx.analysis.figures import Figure, Lines, Maps, draw_png, has_plotly, write_html
 from tsld_fx.analysis.tokens import TokenTable, rank_correlation, token_table
-from tsld_fx.errors import AnalysisError, DataError
-from tsld_fx.perplexity import check_tokens
+from tsld_fx.errors import AnalysisError, ConfigError, DataError
+from tsld_fx.perplexity import check_stream
 from tsld_fx.runs import whole_folder, write_json, write_whole
 
 DOTS = 3000  # tokens drawn as dots; the table has all of them
@@ -99,8 +99,12 @@ def analyze(
             f"analyze: the text has {tokens.numel()} tokens; give at least one window of length={length}, and windows "
             "of at least 8 tokens."
         )
+    if batch_size < 1 or not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"analyze: batch_size={batch_size} must be at least 1, and temperature={temperature} a positive number."
+        )
     for model in (teacher, student):
-        check_tokens(tokens, model)
+        check_stream(tokens, model)
     teacher, student = as_modules(teacher), as_modules(student)
     _check_pair(teacher, student)
     device = teacher.get_input_embeddings().weight.device

@@ -14,11 +14,11 @@ from tsld_fx.baselines.calibration import InputStatistics, is_linear, linear_wei
 from tsld_fx.baselines.gptq import gptq_weight
 from tsld_fx.baselines.grids import Grid, find_grid, shape_of
 from tsld_fx.capture import check_decoder
-from tsld_fx.config import QuantConfig, WeightSpec, group_size_code
+from tsld_fx.config import QuantConfig, WeightSpec, check_type, group_size_code
 from tsld_fx.errors import ConfigError, DataError
-from tsld_fx.perplexity import check_tokens
 from tsld_fx.preparation import prepare
 from tsld_fx.prepared import PreparedModel
+from tsld_fx.prepared_inputs import check_tokens
 
 Method = Literal["rtn", "gptq", "awq"]
 
@@ -99,6 +99,8 @@ def simulate(
     """
     if method not in get_args(Method):
         raise ConfigError(f"simulate: method={method!r} is not one of {', '.join(get_args(Method))}.")
+    if bits not in (2, 4, 8):
+        raise ConfigError(f"simulate: bits={bits!r} is not 2, 4 or 8.")
     specs = _specs(model, QuantConfig())
 
     def quantise(name: str, module: nn.Module, statistics: InputStatistics) -> None:
@@ -126,6 +128,7 @@ def _rounded(grid: Grid, levels: Tensor) -> Tensor:
 
 def _specs(model: PreTrainedModel, config: QuantConfig) -> dict[str, WeightSpec]:
     """Name -> specification of the linear layers that `prepare` would quantise."""
+    check_type("post-training quantisation", config, QuantConfig)
     check_decoder(model)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     head = model.get_output_embeddings()
@@ -141,6 +144,8 @@ def _specs(model: PreTrainedModel, config: QuantConfig) -> dict[str, WeightSpec]
 
 
 def _batches(model: PreTrainedModel, calibration: Tensor, batch_size: int) -> list[Tensor]:
+    if batch_size < 1:
+        raise DataError(f"calibration: batch_size={batch_size} must be at least 1.")
     if calibration.ndim != 2 or calibration.shape[0] < 1 or calibration.shape[1] < 2:
         raise DataError(f"calibration must be token numbers [samples, tokens], got {list(calibration.shape)}.")
     check_tokens(calibration.flatten(), model)

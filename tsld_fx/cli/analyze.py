@@ -40,10 +40,10 @@ def analyze(
     from tsld_fx.errors import CheckpointError, ConfigError
     from tsld_fx.model_folders import check_window, load_any, load_tokenizer
     from tsld_fx.preparation import prepare
+    from tsld_fx.runs import check_folder
     from tsld_fx.text_data import DEMO, read_documents, tokenize
 
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: a file is in the way of the output folder. Choose another folder.")
+    check_folder(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").is_file() and not force:
         raise CheckpointError(f"{out}: the folder holds something else than an analysis. Choose another, or --force.")
     if not text and teacher != DEMO:

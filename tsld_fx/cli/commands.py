@@ -103,6 +103,7 @@ def train(
 ) -> None:
     """Quantisation-aware training of a low-bit student against its full-precision teacher."""
     from tsld_fx import recipes
+    from tsld_fx.errors import ConfigError
 
     data = {"train": train, "validation": validation, "test": test, "block_size": block_size}
     changes: dict[str, Any] = {"teacher": teacher}
@@ -120,6 +121,8 @@ def train(
     if spread:
         changes["parallel"] = spread
     settings = _settings(config, model, data, _training(epochs, steps, batch_size, learning_rate), changes)
+    if schedule is not None and settings.parallel.mode != "pipeline":
+        raise ConfigError(f"--schedule {schedule} belongs to pipelines. Add --parallel pipeline, or leave it out.")
     if result := recipes.train(settings, out):  # under torchrun one process has it
         _show_result(result, out)
 

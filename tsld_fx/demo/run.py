@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tsld_fx.config import QuantConfig
-from tsld_fx.errors import CheckpointError, TrainingError
+from tsld_fx.errors import CheckpointError, ConfigError, TrainingError
 from tsld_fx.inspection import float32_bytes, layer_table, packed_bytes, weights_equal
 from tsld_fx.losses import ground_truth, token_scaled_logit_distillation
 from tsld_fx.lowered import convert
@@ -104,9 +104,12 @@ def run_demo(out: str | Path, *, full: bool = False, minutes: float = 2.5, say: 
         The content of `out`/report.json.
 
     Raises:
+        ConfigError: no time to train.
         TrainingError: a packed weight differs from the trained one.
         CheckpointError: `full` on the folder of a short demo.
     """
+    if not minutes > 0:
+        raise ConfigError(f"demo: minutes={minutes} must be more than 0.")
     out, start = Path(out), time.perf_counter()
     record = out / "train" / "run.yaml"
     if record.is_file():

@@ -40,6 +40,8 @@ class ParallelConfig:
             raise ConfigError(f"parallel.mode={self.mode!r} is not one of {', '.join(MODES)}.")
         if self.param_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"parallel.param_dtype={self.param_dtype!r} is not 'float32' or 'bfloat16'.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"parallel.schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}.")
         if self.mode == "pipeline":
             schedule_class(self.schedule)
 
@@ -67,10 +69,8 @@ def schedule_class(name: str) -> Any:
     """The schedule's class in torch.distributed.pipelining.
 
     Raises:
-        ConfigError: no such schedule here or in this torch.
+        ConfigError: this torch does not have it.
     """
-    if name not in SCHEDULES:
-        raise ConfigError(f"parallel.schedule={name!r} is not one of {', '.join(SCHEDULES)}.")
     from torch.distributed.pipelining.schedules import get_schedule_class
 
     try:

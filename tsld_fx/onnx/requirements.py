@@ -44,11 +44,12 @@ def requirements(dialect: str, bits: set[int], opset: int | None = None) -> Requ
     """
     table = _FUSED if dialect == "qdq" else _MATMUL_NBITS
     oldest = 25 if dialect == "qdq" and 2 in bits else 21
-    if opset is not None and not oldest <= opset <= NEWEST_OPSET:
+    if opset is not None and opset not in range(oldest, NEWEST_OPSET + 1):
         why = "2-bit tensor types came with opset 25" if oldest == 25 else "blocked DequantizeLinear and functions"
+        why = why if opset in range(oldest) else "torch writes no later one"
         raise ExportError(
-            f"export: opset {opset} cannot carry dialect {dialect!r} with {_listed(bits)}-bit weights; it needs opset "
-            f"{oldest} to {NEWEST_OPSET} ({why if opset < oldest else 'torch writes no later one'}). Leave opset out."
+            f"export: opset {opset!r} cannot carry dialect {dialect!r} with {_listed(bits)}-bit weights; it needs "
+            f"opset {oldest} to {NEWEST_OPSET} ({why}). Leave opset out."
         )
     chosen = oldest if opset is None else opset
     runtime = max([table[b] for b in bits] + [_runtime_of_opset(chosen)])
