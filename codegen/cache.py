@@ -27,6 +27,10 @@ _STALE_SECONDS = 3600.0
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 
 
+class CacheError(KernelBuildError):
+    """The folder that compiled kernels are kept in cannot be used."""
+
+
 def default_folder() -> Path:
     """TSLD_CACHE_DIR, else the user's cache folder."""
     named = os.environ.get("TSLD_CACHE_DIR")
@@ -39,7 +43,7 @@ def default_limit() -> int:
     """Bytes that the cache may take: TSLD_CACHE_MAX_MB (default 512) MiB."""
     named = os.environ.get("TSLD_CACHE_MAX_MB") or "512"
     if not named.isdecimal():
-        raise KernelBuildError(f"TSLD_CACHE_MAX_MB={named!r} is not a whole number of MiB. Set one, such as 512.")
+        raise CacheError(f"TSLD_CACHE_MAX_MB={named!r} is not a whole number of MiB. Set one, such as 512.")
     return int(named) << 20
 
 
@@ -138,11 +142,11 @@ class KernelCache:
                     temporary.rename(self.folder / key)
         except OSError as error:
             if not self.folder.is_dir() or not os.access(self.folder, os.W_OK):
-                raise KernelBuildError(
+                raise CacheError(
                     f"The kernel cache {self.folder} cannot be written ({error}). Set TSLD_CACHE_DIR to another folder."
                 ) from error
             if self._read(key) is None:
-                raise KernelBuildError(
+                raise CacheError(
                     f"Writing the kernel cache {self.folder} failed: {error}. Free disk space or set TSLD_CACHE_DIR."
                 ) from error
         finally:

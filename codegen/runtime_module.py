@@ -254,9 +254,13 @@ def _compile_host(command: list[str], source: str, folder: Path, out: Path) -> N
     unit = folder / "module.cc"
     unit.write_text(source)
     split = next(i for i, flag in enumerate(command) if flag.startswith("-L"))
-    done = subprocess.run(
-        [*command[:split], str(unit), "-o", str(out), *command[split:]], capture_output=True, text=True, check=False
-    )
+    whole = [*command[:split], str(unit), "-o", str(out), *command[split:]]
+    try:
+        done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise KernelBuildError(
+            f"build_runtime_module: the C++ compiler {command[0]} does not run ({error}). Name another with CXX."
+        ) from error
     if done.returncode != 0:
         raise KernelBuildError(
             f"build_runtime_module: {command[0]} ended with code {done.returncode} on the launchers:\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
-from tsld_fx.errors import PassError, TsldError
+from tsld_fx.errors import ConfigError, PassError, TsldError
 
 logger = logging.getLogger(__name__)
 _DUMPED = itertools.count()  # numbers the dumps of a process, over all of its pipelines
@@ -93,7 +93,10 @@ def run_passes(
 
 
 def _write_dump(folder: Path, trace: PassTrace, before: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"TSLD_DUMP={folder}: cannot be made a folder ({error.strerror}). Name another.") from error
     header = [f"# {trace.name}: modified={trace.modified}, {trace.seconds:.3f} s"]
     header += [f"# {change:+d} {name}" for name, change in trace.changes().items()]
     stem = f"{next(_DUMPED):03d}_{trace.name}"

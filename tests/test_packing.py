@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tsld_fx.errors import BackendError, CheckpointError
+from tsld_fx.errors import BackendError, CheckpointError, PassError
 from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.packing import check_packed, dequantize, pack, packed_width, unpack
 from tsld_fx.quantizers import quantize, scale_shape
@@ -59,7 +59,7 @@ def test_layout_by_example() -> None:
 
 @pytest.mark.parametrize("bits, code", [(2, 3), (4, 16), (2, 255)])
 def test_code_that_does_not_fit_is_refused(bits: int, code: int) -> None:
-    with pytest.raises(ValueError, match=f"a code of {code} does not fit {bits} bits"):
+    with pytest.raises(PassError, match=f"a code of {code} does not fit {bits} bits"):
         pack(torch.tensor([[0, code]], dtype=torch.uint8), bits)
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from tests.models import VOCABULARY, build, ternary
 from tests.tiny_runs import arguments, random_rows
-from tsld_fx import DistillConfig, PreparedModel, TSLDTrainer, prepare
+from tsld_fx import DistillConfig, PreparedModel, QuantConfig, TernaryWeight, TSLDTrainer, prepare
 from tsld_fx.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tsld_fx.runs import last_whole_checkpoint
 from tsld_fx.task_data import collate
@@ -162,6 +162,26 @@ def test_nan_loss_reaches_no_weight(tmp_path: Path) -> None:
         running.train()
     bad = [name for name, p in model.named_parameters() if not bool(p.isfinite().all())]
     assert bad == ["model.norm.weight"]
+
+
+def test_checkpoints_that_do_not_belong_to_the_model_are_refused(tmp_path: Path) -> None:
+    every = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer(tmp_path, args=every).train()
+    last = last_whole_checkpoint(tmp_path)
+    assert last is not None
+    others = {
+        "weight.scale was 'twn' there and is 'lsq' now": prepare(build("llama"), QuantConfig(TernaryWeight("lsq"))),
+        r"down_proj.weight. has shape \[32, 44\] there, \[32, 64\] here": prepare(build("llama", intermediate_size=64)),
+    }
+    for message, model in others.items():
+        with pytest.raises(CheckpointError, match=message):
+            trainer(tmp_path, model, args=every).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match=r"nowhere: no whole checkpoint"):
+        trainer(tmp_path, args=every).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    file = last / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: cut short"):
+        trainer(tmp_path, args=every).train(resume_from_checkpoint=str(last))
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def from_pretrained(folder: Path, **kwargs: Any) -> Any:
         )
     except torch.OutOfMemoryError as error:
         raise BackendError(f"{folder}: {out_of_memory(kwargs.get('device_map', 'the device'))} ({error})") from error
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load it ({error}). Check config.json, or save the model again."
+            f"{folder}: transformers cannot load it ({error}). Check config.json and the options, or save it again."
         ) from error
     for name in sorted(info["missing_keys"]):
         raise CheckpointError(f"{folder}: tensor {name!r} is missing. The checkpoint is incomplete; save it again.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tsld_fx.config import check_positive
 from tsld_fx.distill import DistillConfig
 from tsld_fx.errors import ConfigError, DataError, TrainingError
 from tsld_fx.layer_losses import attention_distillation, hidden_state_distillation
@@ -91,6 +92,7 @@ def logit_distillation(
     count = valid.sum()
     require_targets(count)
     student, teacher = student_logits[:, :-1], teacher_logits[:, :-1]
+    check_positive("logit_distillation", "temperature", temperature)
     if temperature != 1.0:
         student, teacher = _wide(student) / temperature, _wide(teacher) / temperature
     tokens = soft_cross_entropy(student, teacher).masked_fill(~valid, 0.0)
@@ -109,6 +111,7 @@ def token_scales(
     Returns:
         [B, T - 1], without gradient; every sequence (document) with a valid token sums to 1, the others are 0.
     """
+    check_positive("token_scales", "temperature", temperature)
     with torch.no_grad():
         targets = labels[:, 1:]
         scores = token_cross_entropy(teacher_logits[:, :-1], targets)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tsld_fx import cpu_linear, cuda_linear, ops  # noqa: F401  (ops registers tsld::lowbit_linear)
+from tsld_fx.errors import CheckpointError
 from tsld_fx.packing import dequantize, packed_width
 from tsld_fx.quantizers import scale_shape
 
@@ -45,6 +46,8 @@ class LowBitLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if bits not in (2, 4, 8):
+            raise CheckpointError(f"LowBitLinear: bits={bits!r} is not 2, 4 or 8.")
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         shape = scale_shape(out_features, in_features, group_size)

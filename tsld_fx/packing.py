@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from tsld_fx.errors import CheckpointError
+from tsld_fx.errors import CheckpointError, PassError
 from tsld_fx.quantizers import scale_shape
 
 
@@ -23,11 +23,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes [out, in] into uint8 [out, packed_width(in, bits)].
 
     Raises:
-        ValueError: a code does not fit (ternary: above 2).
+        PassError: a code does not fit (ternary: above 2).
     """
     top = 2 if bits == 2 else 2**bits - 1
     if codes.numel() and int(codes.max()) > top:
-        raise ValueError(f"pack: a code of {int(codes.max())} does not fit {bits} bits; the highest code is {top}.")
+        raise PassError(f"pack: a code of {int(codes.max())} does not fit {bits} bits; the highest code is {top}.")
     per_byte = 8 // bits
     padding = -codes.shape[1] % per_byte
     if padding:

@@ -198,11 +198,9 @@ class RunFolder:
             raise CheckpointError(f"{record}: not valid YAML ({error}). Delete the folder and start again.") from None
         if recorded == settings:
             return
-        before, now = _flat(recorded or {}), _flat(settings)
-        key = next(k for k in [*now, *before] if before.get(k) != now.get(k))
         raise CheckpointError(
-            f"{record.parent}: the folder belongs to another run: {key} was {before.get(key)!r} there and is "
-            f"{now.get(key)!r} now. Choose another output folder, or give the same settings to resume that run."
+            f"{record.parent}: the folder belongs to another run: {first_difference(recorded, settings)}. Choose "
+            "another output folder, or give the same settings to resume that run."
         )
 
     @property
@@ -233,6 +231,13 @@ class RunFolder:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
         write_json(self.path / "result.json", dict(result))
+
+
+def first_difference(there: Any, now: Any) -> str:
+    """The first entry in which two nested mappings differ, in words."""
+    before, after = _flat(there or {}), _flat(now or {})
+    key = next(k for k in [*after, *before] if before.get(k) != after.get(k))
+    return f"{key} was {before.get(key)!r} there and is {after.get(key)!r} now"
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState, default_data_collator
 from transformers.trainer_utils import TrainOutput
@@ -14,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from tsld_fx.distributed.ranks import Ranks, finite_everywhere
 from tsld_fx.errors import CheckpointError, TrainingError
 from tsld_fx.quantizers import all_finite
-from tsld_fx.runs import check_checkpoint, last_whole_checkpoint, mark_whole, unmark_whole
+from tsld_fx.runs import check_checkpoint, first_difference, last_whole_checkpoint, mark_whole, unmark_whole
 from tsld_fx.sample_checks import check_samples
 
 
@@ -28,20 +30,45 @@ class WholeCheckpointTrainer(Trainer):
             TsldError: samples that no batch can be made of, or no good checkpoint to resume from.
         """
         check_samples(self.train_dataset, self.model, stacked=self.data_collator is default_data_collator)
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint:
             found = last_whole_checkpoint(self.args.output_dir)
-            if found is None:
+            given = found if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            if given is None or not given.is_dir():
                 raise CheckpointError(
-                    f"{self.args.output_dir}: no whole checkpoint to resume from. Start without resume_from_checkpoint."
+                    f"{given or self.args.output_dir}: no whole checkpoint to resume from. Start without "
+                    "resume_from_checkpoint."
                 )
-            check_checkpoint(found)
-            resume_from_checkpoint = str(found)
+            check_checkpoint(given)
+            self._check_same_model(given)
+            resume_from_checkpoint = str(given)
         if resume_from_checkpoint and (state := self._finished_state(Path(resume_from_checkpoint))) is not None:
             best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
             self.state = state
             self._load_from_checkpoint(best or str(resume_from_checkpoint))
             return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_same_model(self, checkpoint: Path) -> None:
+        """Refuse the checkpoint of a model that was quantised in another way, or has other shapes."""
+        again = "Resume with the model that it was made from, or start without resume_from_checkpoint."
+        model, file = self.accelerator.unwrap_model(self.model), checkpoint / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        before, now = config.get("tsld_fx"), getattr(model.config, "tsld_fx", None)
+        if file.is_file() and before != now:
+            raise CheckpointError(
+                f"{checkpoint}: the checkpoint of another model: {first_difference(before, now)}. {again}"
+            )
+        if self.is_deepspeed_enabled:  # it keeps shares of the tensors
+            return
+        wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="np") as stored:
+                shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+            for name, shape in shapes.items():
+                if wanted.get(name) != shape:
+                    raise CheckpointError(
+                        f"{checkpoint}: tensor {name!r} has shape {shape} there, {wanted.get(name)} here. {again}"
+                    )
 
     def _finished_state(self, checkpoint: Path) -> TrainerState | None:
         """The state in a checkpoint that this training ended with, None if there are steps left.

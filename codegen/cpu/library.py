@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tsld_fx.codegen.cache import KernelCache
+from tsld_fx.codegen.cache import CacheError, KernelCache
 from tsld_fx.codegen.compiler import KernelBuildError
 from tsld_fx.codegen.cpu import KERNEL_DIR
 from tsld_fx.codegen.cpu.compiler import REMEDY, CxxCompiler, find_compiler, host_target
@@ -40,6 +40,8 @@ def build() -> Path:
         missing = error
     try:
         built = KernelCache.default().file(source, target, compiler, KERNEL_DIR)
+    except CacheError:
+        raise
     except KernelBuildError as error:
         raise KernelBuildError(f"Building the CPU kernels failed. {error}\n{REMEDY}") from error
     if built is None:

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from tsld_fx.analysis.activations import Activations, run
 
-TENSORS = ("attention_output", "hidden_state", "logits")
 Mode = Literal["accumulated", "local"]
 
 

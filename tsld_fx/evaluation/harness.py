@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tsld_fx.capture import max_positions
 from tsld_fx.errors import ConfigError, DataError
-from tsld_fx.evaluation.tasks import chance_level, leaves, load_tasks
+from tsld_fx.evaluation.tasks import chance_level, leaves, load_tasks, task_manager
 
 logger = logging.getLogger(__name__)
 _NEW_TOKENS = 256  # lm_eval's own default for tasks that generate
@@ -76,6 +76,7 @@ def run_tasks(
             limit=limit,
             bootstrap_iters=1000,
             log_samples=False,
+            task_manager=task_manager(),  # without it lm_eval reads its thousands of files once more
             gen_kwargs=None if max_new_tokens is None else {"max_gen_toks": max_new_tokens},
         )
     except (ValueError, KeyError, AssertionError, IndexError, RuntimeError) as error:

@@ -72,8 +72,8 @@ def export_lowered(lowered: LoweredModel, batch: int | None, tokens: int | None)
     """
     limit = max_positions(lowered)
     for name, size, most in (("batch", batch, None), ("tokens", tokens, limit)):
-        if size is not None and (size < 1 or (most is not None and size > most)):
-            raise ConfigError(f"to_relax: {name}={size} must lie in [1, {most or 'any'}].")
+        if size is not None and (not isinstance(size, int) or size < 1 or (most is not None and size > most)):
+            raise ConfigError(f"to_relax: {name}={size!r} must lie in [1, {most or 'any'}].")
     graph_module = _on_parameters(lowered.graph_module)
     rows, columns = batch or 3, tokens or min(16, (limit or 32) // 2)
     ids = torch.zeros(rows, columns, dtype=torch.long, device=lowered.device)
