@@ -112,7 +112,7 @@ def test_dump_folder_gets_a_file_for_each_pass(tmp_path: Path, monkeypatch: pyte
 def test_dump_folder_that_is_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TSLD_DUMP", str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="TSLD_DUMP=.*file: cannot be made a folder"):
+    with pytest.raises(ConfigError, match=r"TSLD_DUMP=.*file: cannot be made a folder"):
         run_passes(graph(), [DoubleRelu()])
 
 
