@@ -139,6 +139,7 @@ def test_inputs_that_no_graph_takes_are_named() -> None:
     message(DataError, lambda: prepared(ids(), attention_mask=ids()[:, :5]), "attention_mask [2, 5]", "[2, 9]")
     message(DataError, lambda: prepared(ids(), labels=ids().float()), "labels are torch.float32")
     message(DataError, lambda: lowered.generate(ids()[0], max_new_tokens=1), "[9]", "generate(**encoded)")
+    message(DataError, lambda: lowered.generate(ids() + VOCABULARY, max_new_tokens=1), "outside", str(VOCABULARY))
     message(DataError, lambda: lowered.generate({"input_ids": ids()}, max_new_tokens=1), "dict", "generate(**encoded)")
 
 
@@ -147,6 +148,7 @@ def test_configurations_of_another_class_are_named() -> None:
     message(ConfigError, lambda: prepare(model, {"weight": None}), "expected a QuantConfig", "QuantConfig.from_dict")
     message(ConfigError, lambda: prepare(model, TernaryWeight()), "expected a QuantConfig, got TernaryWeight")
     message(ConfigError, lambda: prepare(model, distill="tsld"), "expected a DistillConfig, got 'tsld'")
+    message(ConfigError, lambda: convert(unquantised("llama")[1]), "every layer in full precision", "nothing to pack")
 
 
 def test_refused_save_or_load_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tsld_fx.passes.graph_tools import attribute, calls, module_path
 from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
 from tsld_fx.prepared import PreparedModel
-from tsld_fx.prepared_inputs import check_ids, check_length
+from tsld_fx.prepared_inputs import check_ids, check_length, check_tokens
 from tsld_fx.runs import check_folder
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class LoweredModel(PreTrainedModel):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if prompt is not None:
             check_ids(prompt, "generate", "Of a tokenizer's result pass generate(**encoded).")
+            if prompt.device.type == "cpu":  # a GPU would have to be waited for
+                check_tokens(prompt, self)
             new = kwargs.get("max_new_tokens") or getattr(kwargs.get("generation_config"), "max_new_tokens", None)
             length = kwargs.get("max_length") if new is None else prompt.shape[1] + new
             check_length(self, max(prompt.shape[1], (length or 0) - 1))  # the last token is never fed back
@@ -186,6 +188,8 @@ def convert(
     snapshot = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))  # containers of its own
     snapshot = run_passes(snapshot, convert_pipeline(), listener)
     layers = _packed_layers(snapshot)
+    if not layers:
+        raise ConfigError(f"convert: {config} leaves every layer in full precision, so there is nothing to pack.")
     modules = {name: _module(layer) for name, layer in layers.items()}
     lowered = _clone(prepared, "", modules, {})
     lowered = _as_lowered(lowered, type(prepared).__mro__[2])
