@@ -203,9 +203,9 @@ class GemmConfig:
         reduce = self.threads // 32 * self.token_tiles * 8 * _PAD_ROWS * 4
         return max(self.stages * stage, reduce)
 
-    def shape_bytes(self, spec: KernelSpec, groups: int, chunks: int, splits: int) -> int:
-        """Shared memory that depends on the shape, bytes: a block's row groups and chunks, and the blocks that share
-        the inputs (gemm_stream.cuh, gemm_digits.cuh)."""
+    def shape_bytes(self, spec: KernelSpec, groups: int, chunks: int) -> int:
+        """Shared memory that depends on the shape, bytes: a block's row groups and chunks (gemm_stream.cuh,
+        gemm_digits.cuh)."""
         if not self.walks:
             return 0
         rows = self.row_tiles * TILE_ROWS
@@ -214,9 +214,7 @@ class GemmConfig:
         if self.kernel == "digits":
             padding = 128 if self.cluster else 32
             x_bytes = _round_up(chunks, self.unit_chunks) * (2 * self.tokens * CHUNK + padding) + self.tokens * 16
-            slots = groups * self.tokens * (rows + 4) * 4
-            received = splits * _ceil_div(self.tokens, splits) * groups * rows * 4
-            return x_bytes + slots + received * (self.cluster and splits > 1)
+            return x_bytes + groups * rows * 4 + groups * self.tokens * (rows + 4) * 4
         if self.digits:
             raw = CHUNK * 2 * (2 if spec.norm else 1)
             x_bytes = chunks * (self.tokens * CHUNK * 4 + 64 + raw) + self.tokens * 16 + self.warps_k * 16

@@ -53,9 +53,7 @@ class Plan:
     def shared_bytes(self, spec: KernelSpec, m: int, row_tiles: int, chunks: int, multiprocessors: int) -> int:
         """Dynamic shared memory of a block, bytes."""
         groups = _ceil_div(self.tiles(m, row_tiles)[0], self.grid(m, row_tiles, multiprocessors)[0])
-        return self.config.shared_bytes(spec) + self.config.shape_bytes(
-            spec, groups, _ceil_div(chunks, self.splits), self.splits
-        )
+        return self.config.shared_bytes(spec) + self.config.shape_bytes(spec, groups, _ceil_div(chunks, self.splits))
 
     def counters(self, m: int, row_tiles: int, multiprocessors: int) -> int:
         """Arrival counters that a split launch uses."""

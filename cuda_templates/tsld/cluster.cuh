@@ -14,6 +14,17 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The same for writes to the block's own shared memory alone; a fence for all writes takes longer.
+__device__ __forceinline__ void cluster_arrive_with_shared() {
+#if __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed;" ::: "memory");
+#else
+  cluster_arrive();
+#endif
+#endif
+}
+
 // Where nothing that was written before is meant for other blocks: that a block has started, or reads no more.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
 #if __CUDA_ARCH__ >= 900
@@ -50,6 +61,27 @@ __device__ __forceinline__ void store_remote(const float* to, int rank, const fl
                "f"(v[3])
                : "memory");
 #endif
+}
+
+// The address of the same place in the shared memory of the block `rank`.
+__device__ __forceinline__ u32 shared_of_block(u32 address, int rank) {
+  u32 remote = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+#endif
+  return remote;
+}
+
+// 16 bytes of the shared memory of any block of the cluster.
+__device__ __forceinline__ Vec16 load_cluster16(u32 address) {
+  Vec16 v = {};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "r"(address)
+               : "memory");
+#endif
+  return v;
 }
 
 }  // namespace tsld

@@ -45,17 +45,23 @@ __device__ __forceinline__ void store_outputs(const GemmParams& p, int token, in
   store_outputs<T>(p, token, row, sum, p.row_scale + row);  // padded to whole tiles, 16-byte aligned
 }
 
+// What the end of the kernel needs of consecutive rows, into L2.
+__device__ __forceinline__ void prefetch_scales(const GemmParams& p, int first_row, int rows) {
+  const int row = first_row + threadIdx.x * 32;
+  if (static_cast<int>(threadIdx.x) * 32 >= rows || row >= p.row_tiles * 16) return;
+  prefetch_l2(p.row_scale + row);
+  if (p.bias != nullptr && row < p.n) prefetch_l2(static_cast<const u16*>(p.bias) + row);
+}
+
 // The last of the blocks that share an output tile to arrive adds up all partial sums, in the order of the splits.
 // Returns true in that block; `arrived` lies in shared memory. The counter is left at zero for the next launch.
 template <class C>
 __device__ __forceinline__ bool last_block_of_tile(const GemmParams& p, int& arrived) {
   C::sync();
-  if (threadIdx.x == 0) {  // the barrier before and this fence publish the sums of all threads
-    __threadfence();
+  if (threadIdx.x == 0) {
     int* counter = p.counters + blockIdx.y * gridDim.x + blockIdx.x;
-    arrived = atomicAdd(counter, 1);
+    arrived = arrive_at(counter);
     if (arrived == static_cast<int>(gridDim.z) - 1) *counter = 0;
-    __threadfence();
   }
   C::sync();
   return arrived == static_cast<int>(gridDim.z) - 1;
@@ -65,14 +71,21 @@ __device__ __forceinline__ float* partial_sum(const GemmParams& p, int split, in
   return p.partial + (static_cast<i64>(split) * p.m + token) * (p.row_tiles * 16) + row;
 }
 
+// In the order of the splits; four loads at once.
 template <class T>
 __device__ __forceinline__ void add_splits_and_store(const GemmParams& p, int token, int row) {
   float sum[4] = {0.f, 0.f, 0.f, 0.f};
-  for (int split = 0; split < static_cast<int>(gridDim.z); ++split) {
-    float part[4];
-    load_float4_l2(part, partial_sum(p, split, token, row));
+  const int splits = gridDim.z;
+#pragma unroll 1
+  for (int split = 0; split < splits; split += 4) {
+    float part[4][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    for (int s = 0; s < 4; ++s)
+      if (split + s < splits) load_float4_l2(part[s], partial_sum(p, split + s, token, row));
+#pragma unroll
+    for (int s = 0; s < 4; ++s)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += part[s][i];
   }
   store_outputs<T>(p, token, row, sum);
 }

@@ -8,10 +8,10 @@
 // As in gemm_stream.cuh, the grid fills the machine once, and teams (warps; warp groups on Hopper) stream equal
 // contiguous shares of (group of kRowTiles row tiles, one or two chunks of 128 inputs) through rings of their own,
 // without waiting for each other. The sums of a group that a team completes go to the group's slot; what it leaves
-// unfinished goes where the rings were. Blocks that split K add their sums in global memory, or, on Hopper, in the
-// shared memory of a cluster, where block r owns every kTokens / splits-th part of the tokens.
+// unfinished goes where the rings were. Blocks that split K add their sums in global memory; on Hopper they form a
+// cluster, and block r reads the sums of every kTokens / splits-th part of the tokens in the shared memory of all.
 //
-// Shared memory: ring, later unfinished sums | digits of x | scales | slots | sums received, [split][token][row].
+// Shared memory: ring, later unfinished sums | digits of x | scales of tokens | of rows | slots.
 #pragma once
 
 #include "tsld/cluster.cuh"
@@ -26,7 +26,6 @@ class DigitsGemm {
   using T = typename C::Type;
   using Weights = typename C::Weights;
   using Meta = typename C::Meta;
-  using Quad = typename If<C::kGroup == 0, int4, float4>::type;
 
   const GemmParams& p_;
   char* const memory_;
@@ -51,15 +50,14 @@ class DigitsGemm {
         policy_(evict_first_policy()) {}
 
   __device__ __forceinline__ void run(void*) {
-    if (C::kHopper && splits() > 1) cluster_arrive_relaxed();
     allow_next_kernel();
     const int begin = team_start(team_), end = team_start(team_ + 1);
     const int group = begin / units_, unit = begin % units_;
     Source source = {*this, group, unit};
     u32 filled = ring();
+    fetch_scales();
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
-    fetch_scales();
     wait_for_previous_kernel();
     TokenDigits<C> digits(p_, token0(), tokens(), first_chunk_, chunks_, units_ * C::kUnit);
     digits.stage(x_memory(), scales());
@@ -79,7 +77,7 @@ class DigitsGemm {
       if (x == last_x) {
         acc.finish();
         acc.put(slot);
-        slot[C::kGroupRows] = team_;  // in the padding
+        if constexpr (!C::kHopper) slot[C::kGroupRows] = team_;  // in the padding
         x = first_x, slot += C::kSlot;
       } else {
         x += C::kUnitBytes;
@@ -89,20 +87,18 @@ class DigitsGemm {
     cp_async_wait<0>();
     __syncthreads();
     if (end > begin && x != first_x) acc.put(unfinished(team_));
-    __syncthreads();
-    if (splits() == 1) {
-      add_pieces([&](int token, int row, const float(&sum)[4]) {
-        store_outputs<T>(p_, token0() + token, first_group_ * C::kGroupRows + row, sum);
-      });
-    } else if constexpr (C::kHopper) {
-      cluster_wait();  // every block of the cluster has started
-      const int share = tokens_per_block();
-      add_pieces([&](int token, int row, const float(&sum)[4]) {
-        store_remote(received(split(), token % share, row), token / share, sum);
-      });
-      cluster_arrive();
+    if (C::kHopper && splits() > 1) {
+      cluster_arrive_with_shared();
       cluster_wait();
-      add_received_and_store();
+    } else {
+      __syncthreads();
+    }
+    if (C::kHopper || splits() == 1) {
+      add_pieces([&](int token, int row, const float(&sum)[4]) { store(token, row, sum); });
+      if (C::kHopper && splits() > 1) {  // no block leaves while others read its sums
+        cluster_arrive_relaxed();
+        cluster_wait();
+      }
     } else {
       add_pieces([&](int token, int row, const float(&sum)[4]) {
         store_float4_l2(partial_sum(p_, split(), token0() + token, first_group_ * C::kGroupRows + row), sum);
@@ -141,7 +137,6 @@ class DigitsGemm {
 
   __device__ __forceinline__ int all_groups() const { return (p_.row_tiles + C::kRowTiles - 1) / C::kRowTiles; }
   __device__ __forceinline__ int team_start(int team) const { return share_start(groups_ * units_, C::kTeams, team); }
-  __device__ __forceinline__ int tokens_per_block() const { return (C::kTokens + splits() - 1) / splits(); }
 
   __device__ __forceinline__ u32 ring() const {  // the warp's first stage
     return shared_address(memory_) + warp_ * (C::kStages * C::kStageBytes);
@@ -154,18 +149,22 @@ class DigitsGemm {
   __device__ __forceinline__ DigitScale* scales() const {
     return reinterpret_cast<DigitScale*>(x_memory() + ceil_div(p_.chunks_per_split, C::kUnit) * C::kUnitBytes);
   }
-  __device__ __forceinline__ int* slots() const { return reinterpret_cast<int*>(scales() + C::kTokens); }
-  __device__ __forceinline__ float* received(int split, int token, int row) const {
-    return reinterpret_cast<float*>(slots() + groups_ * C::kSlot) +
-           (split * tokens_per_block() + token) * (groups_ * C::kGroupRows) + row;
+  __device__ __forceinline__ float* row_scales() const { return reinterpret_cast<float*>(scales() + C::kTokens); }
+  __device__ __forceinline__ int* slots() const {
+    return reinterpret_cast<int*>(row_scales() + groups_ * C::kGroupRows);
+  }
+  // What the end of the kernel needs: scales into shared memory, biases into L2.
+  __device__ __forceinline__ void fetch_scales() const {
+    const int first = first_group_ * C::kGroupRows, rows = min(groups_ * C::kGroupRows, p_.row_tiles * kTileRows - first);
+    for (int row = threadIdx.x * 4; row < rows; row += C::kThreads * 4) {
+      cp_async_zfill(shared_address(row_scales() + row), p_.row_scale + first + row, 16);
+      if (p_.bias != nullptr && row % 32 == 0 && first + row < p_.n)
+        prefetch_l2(static_cast<const u16*>(p_.bias) + first + row);
+    }
   }
 
-  // What the end of the kernel needs, into L2.
-  __device__ __forceinline__ void fetch_scales() const {
-    const int row = first_group_ * C::kGroupRows + threadIdx.x * 32;
-    if (threadIdx.x * 32 >= groups_ * C::kGroupRows || row >= p_.row_tiles * kTileRows) return;
-    prefetch_l2(p_.row_scale + row);
-    if (p_.bias != nullptr && row < p_.n) prefetch_l2(static_cast<const u16*>(p_.bias) + row);
+  __device__ __forceinline__ void store(int token, int row, const float (&sum)[4]) const {
+    store_outputs<T>(p_, token0() + token, first_group_ * C::kGroupRows + row, sum, row_scales() + row);
   }
 
   __device__ __forceinline__ void load_unit(Source& source, u32& stage, bool wanted) const {
@@ -192,36 +191,78 @@ class DigitsGemm {
     cp_async_commit();
   }
 
-  // Calls take(token, row of the block, sums of four rows) for every four rows and token.
+  // Calls take(token, row of the block, sum of four rows) for every four rows and token. On Hopper the tokens are this
+  // block's part, and the sum is that of all splits, in their order: what other blocks have lies in their shared memory.
   template <class Take>
   __device__ __forceinline__ void add_pieces(const Take& take) const {
     constexpr int kRowQuads = C::kGroupRows / 4;
-    for (int q = threadIdx.x; q < groups_ * kRowQuads * C::kTokens; q += C::kThreads) {
-      const int r = q % kRowQuads * 4, token = q / kRowQuads % C::kTokens, group = q / (kRowQuads * C::kTokens);
-      const int row = group * C::kGroupRows + r, all_row = first_group_ * C::kGroupRows + row;
-      if (token >= tokens() || all_row >= p_.row_tiles * kTileRows) continue;
+    const int share = C::kHopper ? ceil_div(C::kTokens, splits()) : C::kTokens, first = C::kHopper ? split() * share : 0;
+    const int count = C::kHopper ? min(share, tokens() - first) : C::kTokens;
+    for (int q = threadIdx.x; q < groups_ * kRowQuads * count; q += C::kThreads) {
+      const int r = q % kRowQuads * 4, token = first + q / kRowQuads % count, group = q / kRowQuads / count;
+      const int row = group * C::kGroupRows + r;
+      if (token >= tokens() || first_group_ * C::kGroupRows + row >= p_.row_tiles * kTileRows) continue;
       const int at = token * C::kSlotStride + r;
-      // Those before the one that completed the group have pieces of it.
-      const int* complete = slots() + group * C::kSlot;
-      Quad sum = *reinterpret_cast<const Quad*>(complete + at);
-      for (int team = complete[C::kGroupRows]; team_start(team) > group * units_; --team) {
-        if (team_start(team - 1) == team_start(team)) continue;  // fewer units than teams: some have no share
-        const Quad piece = *reinterpret_cast<const Quad*>(unfinished(team - 1) + at);
-        sum.x += piece.x, sum.y += piece.y, sum.z += piece.z, sum.w += piece.w;
+      float sum[4] = {};
+      if constexpr (C::kHopper) {
+#pragma unroll(C::kGroup ? 1 : 2)
+        for (int s = 0; s < splits(); ++s) {
+          const int units = ceil_div(min(p_.chunks_per_split, p_.chunks - s * p_.chunks_per_split), C::kUnit);
+          int team = C::kTeams - 1;  // that completed the group
+          while (share_start(groups_ * units, C::kTeams, team) >= (group + 1) * units) --team;
+          add_split(sum, s, units, team, group, at);
+        }
+      } else {
+        add_split(sum, split(), units_, slots()[group * C::kSlot + C::kGroupRows], group, at);
       }
-      const DigitScale scale = scales()[token];
-      float out[4] = {static_cast<float>(sum.x), static_cast<float>(sum.y), static_cast<float>(sum.z),
-                      static_cast<float>(sum.w)};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) out[i] *= scale.first;
-      if (!scale.finite) exact_rows(out, token0() + token, all_row);
-      take(token, row, out);
+      take(token, row, sum);
     }
   }
 
+  // Adds four rows of one split. The team that completed the group has put it into its slot, those before it have pieces.
+  __device__ __forceinline__ void add_split(float (&sum)[4], int of, int units, int team, int group, int at) const {
+    const int total = groups_ * units, token = at / C::kSlotStride, row = group * C::kGroupRows + at % C::kSlotStride;
+    Quad piece = load_sums(slots() + group * C::kSlot + at, of);
+    for (; share_start(total, C::kTeams, team) > group * units; --team) {
+      if (share_start(total, C::kTeams, team - 1) == share_start(total, C::kTeams, team)) continue;  // it has no share
+      const Quad more = load_sums(unfinished(team - 1) + at, of);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) piece.v[i] += more.v[i];
+    }
+    const Vec16 scale = load_of(scales() + token, of);
+    float out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = static_cast<float>(piece.v[i]) * __uint_as_float(scale.w[0]);
+    if (!scale.w[2]) exact_rows(out, token0() + token, first_group_ * C::kGroupRows + row, of * p_.chunks_per_split);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += out[i];
+  }
+
+  struct Quad {
+    typename If<C::kGroup == 0, int, float>::type v[4];
+  };
+  // 16 bytes of the block that has this split.
+  __device__ __forceinline__ Vec16 load_of(const void* at, int of) const {
+    if constexpr (!C::kHopper) return *static_cast<const Vec16*>(at);
+    const u32 address = shared_address(at);
+    return splits() > 1 ? load_cluster16(shared_of_block(address, of)) : load_shared16(address);
+  }
+  __device__ __forceinline__ Quad load_sums(const int* at, int of) const {
+    const Vec16 bits = load_of(at, of);
+    Quad sums;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (C::kGroup == 0)
+        sums.v[i] = static_cast<int>(bits.w[i]);
+      else
+        sums.v[i] = __uint_as_float(bits.w[i]);
+    }
+    return sums;
+  }
+
   // Four rows and a token that has no digits, one product after another: 0 * Inf is NaN, as everywhere. Slow.
-  __device__ __forceinline__ void exact_rows(float (&sum)[4], int token, int row) const {
-    const int k0 = first_chunk_ * kChunk, end = min(p_.k, k0 + chunks_ * kChunk);
+  __device__ __forceinline__ void exact_rows(float (&sum)[4], int token, int row, int first_chunk) const {
+    const int k0 = first_chunk * kChunk, end = min(p_.k, k0 + p_.chunks_per_split * kChunk);
     const u16* x = static_cast<const u16*>(p_.x) + token * p_.ldx;
     const u32* tile = static_cast<const u32*>(p_.weights) + static_cast<i64>(row / 16) * p_.chunks * 128;
     const u16* scales = static_cast<const u16*>(p_.meta);
@@ -270,24 +311,8 @@ class DigitsGemm {
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
         const float out[4] = {sum[b].x, sum[b].y, sum[b].z, sum[b].w};
-        if (row[b] >= 0) store_outputs<T>(p_, token0() + token[b], first_group_ * C::kGroupRows + row[b], out);
+        if (row[b] >= 0) store(token[b], row[b], out);
       }
-    }
-  }
-
-  // The block's own tokens: the sums of all splits, in their order.
-  __device__ __forceinline__ void add_received_and_store() const {
-    constexpr int kRowQuads = C::kGroupRows / 4;
-    const int share = tokens_per_block(), first = split() * share, mine = min(share, tokens() - first);
-    for (int q = threadIdx.x; q < groups_ * kRowQuads * mine; q += C::kThreads) {
-      const int token = q / kRowQuads % mine, row = q / kRowQuads / mine * C::kGroupRows + q % kRowQuads * 4;
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
-      for (int split = 0; split < splits(); ++split) {
-        const float4 part = *reinterpret_cast<const float4*>(received(split, token, row));
-        sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
-      }
-      if (first_group_ * C::kGroupRows + row < p_.row_tiles * kTileRows)
-        store_outputs<T>(p_, token0() + first + token, first_group_ * C::kGroupRows + row, sum);
     }
   }
 };

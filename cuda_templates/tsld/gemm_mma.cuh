@@ -80,6 +80,7 @@ class MmaGemm {
     allow_next_kernel();
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) load_weights(s, s);  // does not depend on earlier kernels
+    prefetch_scales(p_, blockIdx.x * C::kBlockRows, C::kBlockRows);
     wait_for_previous_kernel();
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) {

@@ -151,6 +151,14 @@ __device__ __forceinline__ void load_float4_l2(int (&v)[4], const float* p) {
   for (int i = 0; i < 4; ++i) v[i] = __float_as_int(f[i]);
 }
 
+// Counts a block in and returns how many came before. What the block wrote before a barrier is visible to those that come
+// later. (__threadfence would wait for more.)
+__device__ __forceinline__ int arrive_at(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // (a ^ b) & c in one instruction
 __device__ __forceinline__ u32 xor_and(u32 a, u32 b, u32 c) {
   u32 r;

@@ -91,16 +91,14 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
       const int64_t in_units = kernel.cluster ? ceil_div(slice, 2) * 2 : slice;
       out.shared_bytes += in_units * (kernel.tokens * kChunk * 2 + (kernel.cluster ? 128 : 32)) + kernel.tokens * 16;
       out.shared_bytes += groups * piece;
-      if (kernel.cluster && range->splits > 1)
-        out.shared_bytes += range->splits * ceil_div(kernel.tokens, range->splits) * groups * kernel.block_rows * 4;
     } else {
       if (kernel.digits)
         out.shared_bytes += slice * (kernel.tokens * kChunk * 4 + 64 + kChunk * 2) + kernel.tokens * 16 +
                             kernel.warps_k * 16 + groups * kernel.block_rows * kernel.tokens * 16;
       else
         out.shared_bytes += kernel.tokens * (slice * kChunk * 2 + 16) + (groups + kernel.warps_k) * piece;
-      out.shared_bytes += groups * kernel.block_rows * (linear.bits > 2 ? 5 : 4);
     }
+    out.shared_bytes += groups * kernel.block_rows * (linear.bits > 2 ? 5 : 4);
     out.counters = out.grid[0] * out.grid[1];
   }
   if (kernel.cluster) out.partial_floats = out.counters = 0;

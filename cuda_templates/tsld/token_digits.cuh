@@ -11,7 +11,7 @@ template <class C>
 class TokenDigits {
   using T = typename C::Type;
   static constexpr int kTurns = ceil_div(C::kTokens, C::kWarps);    // tokens of a warp
-  static constexpr int kKept = imax(1, 6 / kTurns);                 // items of a token kept in registers
+  static constexpr int kKept = imax(1, 4 / kTurns);               // items of a token kept in registers
 
   struct Item {
     Vec16 v[2];

@@ -152,7 +152,9 @@ __device__ __forceinline__ void store_matrices_transposed(u32 address, const u32
 }
 
 // What generic stores wrote is seen by matrix instructions that are issued later.
-__device__ __forceinline__ void fence_generic_to_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_generic_to_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // ---- mbarrier --------------------------------------------------------------------------------------------
 

@@ -67,11 +67,9 @@ class WgmmaSplits {
         store_float4_l2(mine + static_cast<i64>(split_of_block) * kFloats + (rt * C::kTokenTiles + nt) * C::kEpilogueThreads * 4,
                         acc[rt][nt]);
     C::sync();
-    if (threadIdx.x == 0) {  // the barrier before and this fence publish the sums of all threads
-      __threadfence();
-      arrival_flag() = atomicAdd(p_.counters + tile, 1);
+    if (threadIdx.x == 0) {
+      arrival_flag() = arrive_at(p_.counters + tile);
       if (arrival_flag() == splits_ - 1) p_.counters[tile] = 0;
-      __threadfence();
     }
     C::sync();
     const bool last = arrival_flag() == splits_ - 1;

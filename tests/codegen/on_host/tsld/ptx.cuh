@@ -111,6 +111,7 @@ inline void __syncthreads() { host::sync_block(); }
 inline void __syncwarp() { host::sync_warp(); }
 inline void __threadfence() {}
 inline int atomicAdd(int* to, int v) { return (*to += v) - v; }
+inline int arrive_at(int* counter) { return (*counter)++; }
 inline float __uint_as_float(unsigned int v) {
   float f;
   std::memcpy(&f, &v, 4);
