@@ -46,6 +46,8 @@ class Compiler(Protocol):
 
 @dataclass(frozen=True)
 class Nvcc:
+    """The toolkit's compiler at `path`, in a process of its own."""
+
     path: str
     version: str
 
@@ -69,6 +71,8 @@ class Nvcc:
 
 @dataclass(frozen=True)
 class Nvrtc:
+    """CUDA's compiler as a library, in this process; for machines without a toolkit."""
+
     version: str
 
     def flags(self, target: str) -> list[str]:
@@ -125,7 +129,11 @@ def _nvcc(path: str) -> Nvcc:
 
 
 def find_compiler(prefer: str | None = None) -> Compiler:
-    """nvcc if the machine has it, else NVRTC. `prefer` ("nvcc" or "nvrtc"; default TSLD_CUDA_COMPILER) forces one."""
+    """nvcc if the machine has it, else NVRTC. `prefer` ("nvcc" or "nvrtc"; default TSLD_CUDA_COMPILER) forces one.
+
+    Raises:
+        KernelBuildError: neither is here, or not the one that was asked for.
+    """
     prefer = prefer or os.environ.get("TSLD_CUDA_COMPILER") or None
     if prefer not in (None, "nvcc", "nvrtc"):
         raise KernelBuildError(f"TSLD_CUDA_COMPILER={prefer!r} is unknown. Use 'nvcc' or 'nvrtc', or leave it out.")

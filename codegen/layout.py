@@ -132,7 +132,11 @@ def unpack_kernel_codes(kernel: Tensor, bits: int, out_features: int, in_feature
 
 
 def kernel_group(group_size: int, in_features: int) -> int:
-    """Group of the kernel that serves a canonical group size: 0 (per row), 32, 64 or 128."""
+    """Group of the kernel that serves a canonical group size: 0 (per row), 32, 64 or 128.
+
+    Raises:
+        BackendError: no kernel serves it.
+    """
     if group_size <= 0 or group_size >= in_features:
         return 0
     if group_size in SUPPORTED_GROUPS:

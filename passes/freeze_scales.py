@@ -94,7 +94,11 @@ def _require_finite(name: str, what: str, value: Tensor) -> None:
 
 
 def layer_of(node: fx.Node) -> str:
-    """Name of the layer whose weight a fake_quant or dequantize_weight node makes."""
+    """Name of the layer whose weight a fake_quant or dequantize_weight node makes.
+
+    Raises:
+        PassError: the node does not say, and its weight is not a parameter.
+    """
     name = node.meta.get("tsld_module") or module_path(node)
     if name is not None:
         return str(name)
@@ -105,7 +109,11 @@ def layer_of(node: fx.Node) -> str:
 
 
 def row_major_weight(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The [out, in] float weight that a fake_quant node reads."""
+    """The [out, in] float weight that a fake_quant node reads.
+
+    Raises:
+        PassError: the node reads something else than a parameter.
+    """
     found = weight_source(node.args[0])
     if found is None:
         raise PassError(f"node {node.name}: the quantised value is not a parameter of the model and cannot be packed.")

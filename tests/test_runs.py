@@ -95,6 +95,24 @@ def test_damaged_record_and_foreign_content(tmp_path: Path) -> None:
         RunFolder(tmp_path / "other", {"a": 1})
 
 
+def test_text_that_changed_under_a_run_is_named(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    settings = {"data": {"train": [str(train), "demo"], "test": [str(test)], "block_size": 8}}
+    for file in (train, test):
+        file.write_text("one")
+    RunFolder(tmp_path / "run", settings).begin()
+    test.unlink()
+    RunFolder(tmp_path / "run", settings).begin()  # what is gone is left to who reads it
+    train.write_text("two")
+    with pytest.raises(CheckpointError, match=f"on other text: {train} has changed since"):
+        RunFolder(tmp_path / "run", settings)
+    train.write_text("one")
+    RunFolder(tmp_path / "run", settings)
+    (tmp_path / "run" / "data.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"data\.json: damaged"):
+        RunFolder(tmp_path / "run", settings)
+
+
 def test_damaged_result_and_checkpoint_name_the_file(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run", {"n": 1})
     run.begin()

@@ -124,6 +124,9 @@ def compare(config: Mapping[str, Any], out: str | Path, *, jobs: int = 1, quiet:
     Returns:
         What is written to `out`/table.json: perplexities of the teacher, before training, of each baseline and of
         each run (the mean over its seeds); `spread`: their sample standard deviation over the seeds.
+
+    Raises:
+        TsldError: a configuration or a folder that cannot be used, or a run that failed; it names the run.
     """
     runs, baselines, out = read_runs(config), read_baselines(config), Path(out)
     if jobs < 1:

@@ -184,7 +184,11 @@ def clipped_scale(
 def levels_and_scale(
     lines: Tensor, scale: Tensor | None, zero: Tensor | None, scheme: str, bits: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Levels [lines, elements], scale [lines, 1] and zero point (float) [lines, 1] or None of a weight's lines."""
+    """Levels [lines, elements], scale [lines, 1] and zero point (float) [lines, 1] or None of a weight's lines.
+
+    Raises:
+        ConfigError: a learned scheme without its scale.
+    """
     if scheme == "twn":  # the levels come from the threshold, a frozen scale only stands in for the one found
         levels, found = _twn_levels(lines)
         return levels, found if scale is None else scale.to(lines.dtype).reshape(-1, 1), None

@@ -82,6 +82,9 @@ def finetune(settings: RunSettings, out: str | Path, *, patience: int = 2, quiet
 
     Returns:
         The content of result.json; the model is in `out`/model.
+
+    Raises:
+        TsldError: settings, models, text or a folder that cannot be used; nothing is written then.
     """
     if not settings.data.validation:
         raise ConfigError("finetune needs validation text to find the best epoch. Give data.validation.")
@@ -133,6 +136,9 @@ def train(
     Returns:
         The content of result.json: perplexities of the teacher, of the student before training (`ptq`) and after
         (`student`), steps and seconds. The trained float model is in `out`/model (`load_prepared`, `convert`).
+
+    Raises:
+        TsldError: settings, models, text or a folder that cannot be used; nothing is written then.
     """
     if settings.parallel is not None and settings.parallel.mode != "ddp":
         from tsld_fx.distributed.recipe import train_spread
@@ -243,7 +249,11 @@ def device_of(settings: RunSettings) -> torch.device:
 
 
 def training_arguments(settings: RunSettings, folder: RunFolder, by_epoch: bool = False) -> TrainingArguments:
-    """TrainingArguments of a run."""
+    """TrainingArguments of a run.
+
+    Raises:
+        ConfigError: a combination of values that transformers refuses.
+    """
     values = TRAINING_DEFAULTS | dict(settings.training)
     if not settings.data.validation:
         values["eval_strategy"] = "no"

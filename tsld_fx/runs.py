@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tsld_fx.errors import CheckpointError
+from tsld_fx.run_data import check_same_text, digests
 
 _WHOLE = "tsld_whole"  # written into a checkpoint after everything else
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -159,7 +160,7 @@ def check_checkpoint(folder: str | Path) -> None:
 
 
 class RunFolder:
-    """The output folder of one command: `run.yaml`, `metrics.jsonl`, `checkpoints/`, results and plots.
+    """The output folder of one command: `run.yaml`, `data.json`, `metrics.jsonl`, `checkpoints/`, results and plots.
 
     Nothing is written before `begin`, so that a refused run leaves no folder behind.
 
@@ -168,7 +169,7 @@ class RunFolder:
         settings: the run's whole configuration as plain data.
 
     Raises:
-        CheckpointError: the folder belongs to a run with other settings, or holds other files.
+        CheckpointError: the folder belongs to a run with other settings or other text, or holds other files.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -178,6 +179,7 @@ class RunFolder:
         check_folder(self.path)
         if record.is_file():
             self._check_same(record, settings)
+            check_same_text(self.data, settings)
         elif self.path.is_dir() and any(not p.name.startswith(f".{record.name}.") for p in self.path.iterdir()):
             raise CheckpointError(
                 f"{self.path}: the output folder is not empty and not a run of tsld_fx. Choose another folder."
@@ -189,6 +191,8 @@ class RunFolder:
         record = self.path / "run.yaml"
         if not record.is_file():
             write_whole(record, yaml.safe_dump(self.settings, sort_keys=False))
+        if not self.data.is_file():
+            write_json(self.data, digests(self.settings))
 
     @staticmethod
     def _check_same(record: Path, settings: Mapping[str, Any]) -> None:
@@ -202,6 +206,11 @@ class RunFolder:
             f"{record.parent}: the folder belongs to another run: {first_difference(recorded, settings)}. Choose "
             "another output folder, or give the same settings to resume that run."
         )
+
+    @property
+    def data(self) -> Path:
+        """What the run's text files held when it began."""
+        return self.path / "data.json"
 
     @property
     def checkpoints(self) -> Path:
