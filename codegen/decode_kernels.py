@@ -63,41 +63,58 @@ class AttentionParams(ctypes.Structure):
     ]
 
 
-def threads_of(kind: Kind, head_dim: int = 0, rows: int = 0) -> int:
-    """Threads of a block; fewer where the results of many heads take much shared memory."""
-    return THREADS[kind] if kind != "attention" else 256 if rows * head_dim <= 512 else 128
+def attention_threads(head_dim: int, rows: int, cluster: int = 0) -> int:
+    """Threads of a block: fewer where the results of many heads take much shared memory, and where the blocks of a
+    cluster have few positions each, so that two fit on a multiprocessor beside the product before them."""
+    return 128 if rows * head_dim > 512 or (rows == 1 and cluster == _MOST_CLUSTER) else 256
 
 
-def render(kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0) -> tuple[str, str]:
+def ring_bytes(threads: int) -> int:
+    """Dynamic shared memory of an attention block: keys and values; mirrors `DecodeAttention::kAhead`."""
+    return 32 * threads * (8 if threads > 128 else 10)
+
+
+def render(
+    kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0, threads: int | None = None
+) -> tuple[str, str]:
     """-> (source, name of the kernel). Pure."""
     shape = f"_d{head_dim}_r{rows}" if kind == "attention" else ""
     name = f"tsld_{kind}_{DTYPES[dtype].lower()}{shape}"
+    threads = threads or (attention_threads(head_dim, rows) if kind == "attention" else THREADS[kind])
     source = environment().get_template("decode.cu.j2").render(
         title=f"Decoding step: {kind}", name=name, kind=kind, type=DTYPES[dtype], head_dim=head_dim, rows=rows,
-        threads=threads_of(kind, head_dim, rows),
+        threads=threads, ring_bytes=ring_bytes(threads),
     )  # fmt: skip
     return source, name
 
 
 @lru_cache(maxsize=64)
-def _kernel(kind: Kind, dtype: torch.dtype, head_dim: int, rows: int, device: int) -> tuple[LoadedKernel, bool]:
+def _kernel(
+    kind: Kind, dtype: torch.dtype, head_dim: int, rows: int, threads: int, device: int
+) -> tuple[LoadedKernel, bool]:
     """-> (kernel, whether launches may overlap)."""
     target, _ = device_facts(device)
     ensure_context(device)
-    source, name = render(kind, dtype, head_dim, rows)
+    source, name = render(kind, dtype, head_dim, rows, threads)
     binary, _ = KernelCache.default().get_or_build(source, target, find_compiler())
-    return load_kernel(binary, name, threads_of(kind, head_dim, rows)), int(target.split("_")[1].rstrip("a")) >= 90
+    kernel = load_kernel(binary, name, threads)
+    if kind == "attention":
+        kernel.allow_shared(ring_bytes(threads), device)
+    return kernel, int(target.split("_")[1].rstrip("a")) >= 90
 
 
 def launch(
     kind: Kind, dtype: torch.dtype, device: int, grid: tuple[int, int, int], params: ctypes.Structure,
-    head_dim: int = 0, rows: int = 0, cluster: tuple[int, int, int] | None = None,
+    head_dim: int = 0, rows: int = 0, cluster: int = 0,
 ) -> None:  # fmt: skip
     """Enqueue one of the kernels on the device's current stream, building it first where that was not done yet."""
-    kernel, overlap = _kernel(kind, dtype, head_dim, rows, device)
+    attention = kind == "attention"
+    threads = attention_threads(head_dim, rows, cluster) if attention else THREADS[kind]
+    kernel, overlap = _kernel(kind, dtype, head_dim, rows, threads, device)
+    shared, shape = ring_bytes(threads) if attention else 0, (1, cluster, 1) if cluster else None
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        kernel.launch(grid, 0, [params], stream, overlap=overlap, cluster=cluster)
+        kernel.launch(grid, shared, [params], stream, overlap=overlap, cluster=shape)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -233,6 +250,5 @@ def attention(
         bool(cluster), cos is not None and cos.dim() == 2, scale,
     )  # fmt: skip
     grid = (batch * heads // rows, splits, 1)
-    shape = (1, cluster, 1) if cluster else None
-    launch("attention", q.dtype, q.device.index, grid, params, head_dim, rows, shape)
+    launch("attention", q.dtype, q.device.index, grid, params, head_dim, rows, cluster)
     return out

@@ -38,17 +38,33 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
+// A barrier in the shared memory of the cluster's first block, for stores of all its blocks to that memory: no block waits
+// for another but the first one, and no store for memory beyond the cluster.
+
+// By one thread of the first block, before it arrives: `bytes` will be stored.
+__device__ __forceinline__ void expect_stores(u64* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const u32 at = shared_address(barrier);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#endif
 }
 
-// *to = v in the shared memory of the block of rank 0; `to` is the place in this block's own.
-__device__ __forceinline__ void store_to_first_block(float* to, float v) {
+// *to = v in the first block; `to` and `barrier` are the places in this block's own shared memory. All blocks have arrived.
+__device__ __forceinline__ void store_to_first_block(float* to, float v, u64* barrier) {
 #if __CUDA_ARCH__ >= 900
-  u32 remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(remote) : "r"(shared_address(to)));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+  asm volatile("{\n.reg .b32 there, at;\nmapa.shared::cluster.u32 there, %0, 0;\nmapa.shared::cluster.u32 at, %1, 0;\n"
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [at];\n}\n"
+               ::"r"(shared_address(to)), "r"(shared_address(barrier)), "f"(v) : "memory");
+#endif
+}
+
+// In the first block: until all stores are there.
+__device__ __forceinline__ void wait_for_stores(u64* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred done;\nagain%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+               "@!done bra again%=;\n}\n" ::"r"(shared_address(barrier)) : "memory");
 #endif
 }
 

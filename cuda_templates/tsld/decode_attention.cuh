@@ -38,77 +38,84 @@ class DecodeAttention {
   static constexpr int kKeys = kThreads / kLanes;      // keys in flight per step
   using Softmax = OnlineSoftmax<T, D, R, kKeys>;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kUnroll = R > 2 ? 2 : 4;
+  static constexpr int kAhead = kThreads > 128 ? 8 : 10;       // keys of a lane on their way to shared memory at once
+  static constexpr int kUnroll = R > 2 ? 2 : kAhead / 2;       // keys that a lane takes at once
+  static constexpr int kBatches = kAhead / kUnroll;
   static constexpr int kRow = D + 2;                   // of a share: values, maximum, sum
   static constexpr int kMostCluster = R * D <= 512 ? 8 : 1;  // blocks whose shares fit into shared memory
   static_assert(D % 8 == 0 && kLanes <= 32 && 32 % kLanes == 0, "head size: a power of two, 8 to 256");
 
  public:
+  static constexpr int kRingBytes = kAhead * 32 * kThreads;
+
   struct Shared {
-    float q[R][D];
-    float key[D];                                      // of the new token
     float piece[kWarps][R][kRow];                      // shares of the block's warps
     float gathered[kMostCluster][kMostCluster > 1 ? R : 1][kRow];  // shares of the cluster's blocks, in the first block
     int arrived;
+    u64 barrier;
   };
 
-  static __device__ __forceinline__ void run(const AttentionParams& p, Shared& shared) {
+  static __device__ __forceinline__ void run(const AttentionParams& p, Shared& shared, Vec16* ring) {
     const int chunks = p.heads / p.kv_heads / R;       // chunks of query heads per head of keys
     const int unit = blockIdx.x, split = blockIdx.y;
     const int batch = unit / (p.kv_heads * chunks), group = unit / chunks % p.kv_heads;
     const int head0 = group * (p.heads / p.kv_heads) + unit % chunks * R;
     const bool newest = split == p.splits - 1;         // this block owns the new token
+    const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
     allow_next_kernel();
-    if (p.clustered) cluster_arrive();
+    if (p.clustered) {
+      if (split == 0 && threadIdx.x == 0) expect_stores(&shared.barrier, p.splits * R * kRow * 4);
+      cluster_arrive_relaxed();
+    }
     const int position = static_cast<int>(p.positions[batch]);
     const int share = (position + p.splits - 1) / p.splits;
     const int begin = min(position, split * share), end = min(position, begin + share);
     const i64 cache = (static_cast<i64>(batch) * p.kv_heads + group) * p.length;
     u16* keys = static_cast<u16*>(p.key_cache) + cache * D;
     u16* values = static_cast<u16*>(p.value_cache) + cache * D;
-    Vec16 key[kUnroll] = {}, value[kUnroll] = {};
-    load(key, value, keys, values, begin, end);
-    fetch_later(keys, values, begin + kKeys * kUnroll, end);
+    constexpr int kStep = kKeys * kUnroll;
+    int fetched = begin;
+#pragma unroll
+    for (int slot = 0; slot < kBatches; ++slot, fetched += kStep) fetch(ring, slot, keys, values, fetched, end);
+    fetch_later(keys, values, fetched, end);
     Turn turn = {};
-    if (p.tables) turn = turn_of(p, threadIdx.x % D, position);
+    if (p.tables || p.cos == nullptr) turn = turn_of(p, lane, position);
     wait_for_previous_kernel();
-    if (!p.tables) turn = turn_of(p, threadIdx.x % D, batch);
+    if (!p.tables && p.cos != nullptr) turn = turn_of(p, lane, batch);
 
-    const u16* q = static_cast<const u16*>(p.q) + batch * p.q_stride + head0 * D;
-    const u16* v = static_cast<const u16*>(p.v) + batch * p.v_stride + group * D;
-    for (int i = threadIdx.x; i < R * D; i += kThreads)
-      shared.q[i / D][i % D] = rotated(p, q + i / D * D, i % D, turn, batch, position) * (p.scale * 1.44269504f);
-    if (newest) {
-      const u16* k = static_cast<const u16*>(p.k) + batch * p.k_stride + group * D;
-      for (int i = threadIdx.x; i < D; i += kThreads) {
-        const float one = rotated(p, k, i, turn, batch, position);
-        keys[static_cast<i64>(position) * D + i] = static_cast<u16>(T::pack2(one, 0.f));
-        values[static_cast<i64>(position) * D + i] = v[i];
-        shared.key[i] = round_to<T>(one);
-      }
-    }
-    __syncthreads();
-
-    const int lane = threadIdx.x % kLanes, first = threadIdx.x / kLanes;
+    Halves q[R];  // all loads before the first use: each takes a while
+#pragma unroll
+    for (int r = 0; r < R; ++r) q[r] = load(p, static_cast<const u16*>(p.q) + batch * p.q_stride + (head0 + r) * D, lane);
+    const Halves k = load(p, static_cast<const u16*>(p.k) + batch * p.k_stride + group * D, lane);
+    const Vec16 v = load16_early(static_cast<const u16*>(p.v) + batch * p.v_stride + group * D + lane * 8);
     float wide_q[R][8];
     Online<R> mine;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
+      rotate(wide_q[r], q[r], lane, turn);
       mine.most[r] = -1e30f, mine.sum[r] = 0.f;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) wide_q[r][j] = shared.q[r][lane * 8 + j], mine.acc[r][j] = 0.f;
-    }
-    for (int from = begin; from < end;) {              // the same trip count in every lane of a warp
-      Softmax::take(mine, wide_q, key, value, end - from - first);
-      from += kKeys * kUnroll;
-      if (from < end) load(key, value, keys, values, from, end);
+      for (int j = 0; j < 8; ++j) wide_q[r][j] *= p.scale * 1.44269504f, mine.acc[r][j] = 0.f;
     }
     if (newest) {
-      float k[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) k[j] = shared.key[lane * 8 + j];
-      const Vec16 newest_key[1] = {pack8<T>(k)}, newest_value[1] = {reinterpret_cast<const Vec16*>(v)[lane]};
-      Softmax::take(mine, wide_q, newest_key, newest_value, first == 0);
+      float wide_k[8];
+      rotate(wide_k, k, lane, turn);
+      const Vec16 key = pack8<T>(wide_k), value = first == 0 ? v : Vec16{};
+      if (first == 0) {
+        reinterpret_cast<Vec16*>(keys + static_cast<i64>(position) * D)[lane] = key;
+        reinterpret_cast<Vec16*>(values + static_cast<i64>(position) * D)[lane] = value;
+      }
+      Softmax::template take<1>(mine, wide_q, [&](int) { return key; }, [&](int) { return value; }, first == 0);
+    }
+    int slot = 0;
+#pragma unroll 1
+    for (int from = begin; from < end; from += kStep) {  // the same trip count in every lane of a warp
+      cp_async_wait<kBatches - 1>();
+      Softmax::template take<kUnroll>(mine, wide_q, [&](int u) { return *place(ring, slot, u); },
+                                      [&](int u) { return place(ring, slot, u)[kThreads]; }, end - from - first);
+      fetch(ring, slot, keys, values, fetched, end);
+      fetched += kStep;
+      slot = slot == kBatches - 1 ? 0 : slot + 1;
     }
     Softmax::merge_lanes(mine);
     if (threadIdx.x % 32 < kLanes) {
@@ -125,38 +132,67 @@ class DecodeAttention {
   }
 
  private:
+  // Cosines and sines of the eight dimensions of a lane.
   struct Turn {
-    float cos, sin;
+    Vec16 cos, sin;
   };
 
-  static __device__ __forceinline__ Turn turn_of(const AttentionParams& p, int i, int row) {
-    if (p.cos == nullptr) return {};
-    return {T::to_float(static_cast<const u16*>(p.cos)[static_cast<i64>(row) * D + i]),
-            T::to_float(static_cast<const u16*>(p.sin)[static_cast<i64>(row) * D + i])};
+  static __device__ __forceinline__ Turn turn_of(const AttentionParams& p, int lane, int row) {
+    const u32 one = T::pack2(1.f, 1.f);
+    if (p.cos == nullptr) return {{one, one, one, one}, {}};
+    const i64 at = static_cast<i64>(row) * kLanes + lane;
+    return {static_cast<const Vec16*>(p.cos)[at], static_cast<const Vec16*>(p.sin)[at]};
   }
 
-  // One rounded dimension of q or k after the rotary embedding: x * cos + rotate_half(x) * sin. `turn` is that of
-  // dimension threadIdx.x % D, which is i % D unless there are more dimensions than threads.
-  static __device__ __forceinline__ float rotated(const AttentionParams& p, const u16* x, int i, Turn turn, int batch,
-                                                  int position) {
-    const float v = T::to_float(x[i]);
-    if (p.cos == nullptr) return v;
-    if (kThreads % D != 0) turn = turn_of(p, i, p.tables ? position : batch);
-    const float other = i < D / 2 ? -T::to_float(x[i + D / 2]) : T::to_float(x[i - D / 2]);
-    return round_to<T>(v * turn.cos + other * turn.sin);
-  }
+  // A lane's eight dimensions of a head, and the same of the head's other half.
+  struct Halves {
+    Vec16 own, other;
+  };
 
-  // Keys and values of the positions from `from` on that this thread works on; the last one again past the end.
-  static __device__ __forceinline__ void load(Vec16 (&key)[kUnroll], Vec16 (&value)[kUnroll], const u16* keys,
-                                              const u16* values, int from, int end) {
-    if (from >= end) return;
+  // Without a branch, behind which the compiler would move a load.
+  static __device__ __forceinline__ Halves load(const AttentionParams& p, const u16* x, int lane) {
+    const Vec16* vectors = reinterpret_cast<const Vec16*>(x);
+    Halves found = {load16_early(vectors + lane), load16_early(vectors + (kLanes > 1 ? lane ^ kLanes / 2 : lane))};
+    if constexpr (kLanes == 1) found.other = {found.own.w[2], found.own.w[3], found.own.w[0], found.own.w[1]};
+    const u32 any = p.cos == nullptr ? 0 : ~0u;        // 0 * Inf would be NaN
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const i64 at = static_cast<i64>(min(from + u * kKeys + static_cast<int>(threadIdx.x) / kLanes, end - 1)) * D +
-                     threadIdx.x % kLanes * 8;
-      key[u] = *reinterpret_cast<const Vec16*>(keys + at);
-      value[u] = *reinterpret_cast<const Vec16*>(values + at);
+    for (int i = 0; i < 4; ++i) found.other.w[i] &= any;
+    return found;
+  }
+
+  // After the rotary embedding, rounded: x * cos + rotate_half(x) * sin.
+  static __device__ __forceinline__ void rotate(float (&out)[8], const Halves& x, int lane, const Turn& turn) {
+    float other[8], cos[8], sin[8];
+    unpack8<T>(out, x.own);
+    unpack8<T>(other, x.other);
+    unpack8<T>(cos, turn.cos);
+    unpack8<T>(sin, turn.sin);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const bool first_half = kLanes > 1 ? lane < kLanes / 2 : j < 4;
+      out[j] = round_to<T>(out[j] * cos[j] + (first_half ? -other[j] : other[j]) * sin[j]);
     }
+  }
+
+  // Where a thread, which copies and reads its own, has a key; kThreads further on the value.
+  static __device__ __forceinline__ Vec16* place(Vec16* ring, int slot, int u) {
+    return ring + (slot * kUnroll + u) * 2 * kThreads + threadIdx.x;
+  }
+
+  // Keys and values of the positions from `from` on that this thread works on, on their way to its places of a slot.
+  static __device__ __forceinline__ void fetch(Vec16* ring, int slot, const u16* keys, const u16* values, int from,
+                                               int end) {
+    if (from < end) {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int row = from + u * kKeys + static_cast<int>(threadIdx.x) / kLanes, bytes = row < end ? 16 : 0;
+        const i64 at = static_cast<i64>(min(row, end - 1)) * D + threadIdx.x % kLanes * 8;
+        Vec16* to = place(ring, slot, u);
+        cp_async_zfill(shared_address(to), keys + at, bytes);
+        cp_async_zfill(shared_address(to + kThreads), values + at, bytes);
+      }
+    }
+    cp_async_commit();
   }
 
   // Positions that come after the first ones, on their way to L2: as many as one line a thread holds.
@@ -188,13 +224,13 @@ class DecodeAttention {
       const int i = threadIdx.x + n * kThreads, r = i / D, d = i % D;
       if (i >= R * D) continue;
       float* to = p.clustered ? &shared.gathered[kMostCluster > 1 ? split : 0][kMostCluster > 1 ? r : 0][0] : partial + r * kRow;
-      put(p.clustered, to, d, value[n]);
-      if (d == 0) put(p.clustered, to, D, most[n]), put(p.clustered, to, D + 1, sum[n]);
+      put(p.clustered, shared, to, d, value[n]);
+      if (d == 0) put(p.clustered, shared, to, D, most[n]), put(p.clustered, shared, to, D + 1, sum[n]);
     }
     const float* all = &shared.gathered[0][0][0];
     if (p.clustered) {
-      cluster_sync();
       if (split > 0) return;
+      wait_for_stores(&shared.barrier);
     } else {
       if (!last_to_arrive(p, shared, unit)) return;
       all = p.partial + static_cast<i64>(unit) * p.splits * kPiece;
@@ -213,9 +249,9 @@ class DecodeAttention {
   }
 
   // To the same place in the shared memory of the cluster's first block, or to global memory past L1.
-  static __device__ __forceinline__ void put(bool clustered, float* to, int i, float v) {
+  static __device__ __forceinline__ void put(bool clustered, Shared& shared, float* to, int i, float v) {
     if (clustered)
-      store_to_first_block(to + i, v);
+      store_to_first_block(to + i, v, &shared.barrier);
     else
       __stcg(to + i, v);
   }

@@ -27,20 +27,21 @@ class DigitStaging {
   __device__ __forceinline__ DigitStaging(const GemmParams& p, int token0, int first_chunk, int chunks, char* raw)
       : p_(p), token0_(token0), tokens_(min(C::kTokens, p.m - token0)), k0_(first_chunk * kChunk), vecs_(chunks * 16), raw_(raw) {}
 
-  // Before the wait for earlier kernels.
-  __device__ __forceinline__ void fetch_weight() {
+  // Before the copies of weights, behind which it would come late.
+  __device__ __forceinline__ void fetch_weight() const {
     if constexpr (C::kNorm) {
+#pragma unroll 1
       for (int v = threadIdx.x; v < vecs_; v += C::kThreads) {
-        Vec16 weight = {};
-        if (v < p_.k / 8) weight = static_cast<const Vec16*>(p_.norm_weight)[v];
-        most_weight_ = larger(most_weight_, weight);
-        reinterpret_cast<Vec16*>(raw_)[vecs_ + v] = weight;
+        const bool any = v < p_.k / 8;
+        const Vec16* weight = static_cast<const Vec16*>(p_.norm_weight) + (any ? v : 0);
+        cp_async_zfill(shared_address(raw_ + (vecs_ + v) * 16), weight, any ? 16 : 0);
       }
+      cp_async_commit();
     }
   }
 
   // scratch: kWarps vectors. Ends with a barrier.
-  __device__ __forceinline__ void stage(char* x, DigitScale* scales, Vec16* scratch) const {
+  __device__ __forceinline__ void stage(char* x, DigitScale* scales, Vec16* scratch) {
 #pragma unroll 1
     for (int t = 0; t < tokens_; ++t) stage_token(t, x, scales[t], scratch);
   }
@@ -51,7 +52,8 @@ class DigitStaging {
     Vec16 found = {};
     const int k = k0_ + v * 8;
     if (v >= vecs_ || k >= p_.k) return found;
-    if (C::kNorm || k + 8 <= p_.k) return *reinterpret_cast<const Vec16*>(x + k);
+    if constexpr (C::kNorm) return load16_early(x + k);
+    if (k + 8 <= p_.k) return *reinterpret_cast<const Vec16*>(x + k);
 #pragma unroll 1
     for (int i = 7; i >= 0; --i) {
       const u16 last = k + i < p_.k ? x[k + i] : 0;
@@ -68,7 +70,7 @@ class DigitStaging {
     return largest;
   }
 
-  __device__ __forceinline__ void stage_token(int token, char* x, DigitScale& scale, Vec16* scratch) const {
+  __device__ __forceinline__ void stage_token(int token, char* x, DigitScale& scale, Vec16* scratch) {
     const u16* from = static_cast<const u16*>(p_.x) + (token0_ + token) * p_.ldx;
     u32 largest = 0;
     float squares = 0.f;
@@ -77,9 +79,7 @@ class DigitStaging {
       Vec16 raw[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) raw[i] = load(from, first + i * C::kThreads);
-      if constexpr (C::kNorm) {
-        if (p_.residual != nullptr) add_residual(raw, token, first);
-      }
+      if constexpr (C::kNorm) prepare(raw, token, first);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         largest = larger(largest, raw[i]);
@@ -100,7 +100,8 @@ class DigitStaging {
     const bool finite = most <= 3.402823466e38f;   // false for NaN too
     const int exponent = finite && most > 0.f ? static_cast<int>(__float_as_uint(most) >> 23) - 127 : 0;
     const int shift = 13 - exponent;               // |high| < 2^14
-    const float up[2] = {power_of_two(shift / 2), power_of_two(shift - shift / 2)};
+    const int half = T::kLargeExponents ? shift / 2 : 0;  // 2^shift may be too large for a float
+    const float up[2] = {power_of_two(half), power_of_two(shift - half)};
     if (threadIdx.x == 0) {                        // row_scale expects codes of +-2; here they are +-1
       scale.first = power_of_two(1 - shift / 2), scale.second = power_of_two(shift / 2 - shift) / 32768.f;
     }
@@ -112,11 +113,19 @@ class DigitStaging {
     __syncthreads();
   }
 
-  __device__ __forceinline__ void add_residual(Vec16 (&raw)[kAtOnce], int token, int first) const {
+  // Adds the residual to vectors of x; looks at the norm's weight while both come.
+  __device__ __forceinline__ void prepare(Vec16 (&raw)[kAtOnce], int token, int first) {
     const i64 row = static_cast<i64>(token0_ + token) * p_.k;
-    Vec16 other[kAtOnce];
+    Vec16 other[kAtOnce] = {};
+    if (p_.residual != nullptr)
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) other[i] = load(static_cast<const u16*>(p_.residual) + row, first + i * C::kThreads);
+      for (int i = 0; i < kAtOnce; ++i) other[i] = load(static_cast<const u16*>(p_.residual) + row, first + i * C::kThreads);
+    cp_async_wait<C::kStages - 1>();  // for the weight, which was the first copy
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i * C::kThreads < vecs_)
+        most_weight_ = larger(most_weight_, reinterpret_cast<const Vec16*>(raw_)[vecs_ + first + i * C::kThreads]);
+    if (p_.residual == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       float s[8], r[8];
@@ -183,10 +192,10 @@ class DigitStaging {
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float magic = __uint_as_float(kMagic + 0x8080u), wide = s[j] * up[0];
+        const float magic = __uint_as_float(kMagic + 0x8080u), wide = T::kLargeExponents ? s[j] * up[0] : s[j];
         const float whole = fmaf(wide, up[1], magic), rest = fmaf(wide, up[1], magic - whole);
         high[step][j] = __float_as_uint(whole), low[step][j] = __float_as_uint(fmaf(rest, 32768.f, magic));
-        strange |= high[step][j] ^ kMagic;
+        if constexpr (C::kNorm) strange |= high[step][j] ^ kMagic;  // elsewhere `finite` says it
       }
     }
 #pragma unroll

@@ -25,6 +25,7 @@ struct DigitTotals {
   const int first_group, groups;   // the block's rows
 
   __device__ __forceinline__ void clear() const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < groups * C::kGroupRows * C::kTokens; i += C::kThreads)
       reinterpret_cast<Vec16*>(sums)[i] = Vec16{};
   }

@@ -76,13 +76,13 @@ class StreamGemm {
     Source source = {p_.weights, p_.meta, group, chunk, *this};
     allow_next_kernel();
     u32 filled = ring();
+    DigitStaging<C> staging(p_, token0_, first_chunk_, chunks_, raw());
+    if constexpr (C::kDigits) staging.fetch_weight();
     stage_row_scales();
 #pragma unroll
     for (int s = 0; s < C::kStages - 1; ++s) load_unit(source, filled, begin + s < end);
     if constexpr (C::kGroup == 0 && C::kBits > 2) stage_row_zeros();
     if constexpr (C::kDigits) {
-      DigitStaging<C> staging(p_, token0_, first_chunk_, chunks_, raw());
-      staging.fetch_weight();
       digit_totals().clear();
       wait_for_previous_kernel();
       staging.stage(x_memory(), scales(), scratch());
@@ -231,6 +231,7 @@ class StreamGemm {
   // They would come from DRAM when the sums are ready.
   __device__ __forceinline__ void stage_row_scales() const {
     const int first = first_group_ * C::kGroupRows, rows = min(groups_ * C::kGroupRows, p_.row_tiles * kTileRows - first);
+#pragma unroll 1
     for (int r = threadIdx.x * 4; r < rows; r += C::kThreads * 4)
       cp_async_zfill(shared_address(row_scales() + r), p_.row_scale + first + r, 16);
   }

@@ -17,16 +17,15 @@ template <class T, int D, int R, int kKeys>
 struct OnlineSoftmax {
   static constexpr int kLanes = D / 8;
 
-  // More keys and values, kKeys positions apart; the first of them counts if `left` is positive, and so on. All lanes of a
-  // warp take part.
-  template <int kCount>
-  static __device__ __forceinline__ void take(Online<R>& mine, const float (&q)[R][8], const Vec16 (&key)[kCount],
-                                              const Vec16 (&value)[kCount], int left) {
+  // More keys and values, kKeys positions apart; the first of them counts if `left` is positive, and so on. `key` and `value`
+  // give a lane's vector of each; values that do not count are zeros. All lanes of a warp take part.
+  template <int kCount, class Key, class Value>
+  static __device__ __forceinline__ void take(Online<R>& mine, const float (&q)[R][8], Key key, Value value, int left) {
     float score[kCount][R];
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       float k[8];
-      unpack8<T>(k, key[u]);
+      unpack8<T>(k, key(u));
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         score[u][r] = 0.f;
@@ -44,22 +43,24 @@ struct OnlineSoftmax {
     for (int r = 0; r < R; ++r) {
       float most = mine.most[r];
 #pragma unroll
-      for (int u = 0; u < kCount; ++u)
-        if (left > u * kKeys) most = fmaxf(most, score[u][r]);
-      const float keep = exp2f(mine.most[r] - most);
+      for (int u = 0; u < kCount; ++u) {
+        if (left <= u * kKeys) score[u][r] = -1e30f;
+        most = fmaxf(most, score[u][r]);
+      }
+      const float keep = power_of_two_of(mine.most[r] - most);
       mine.most[r] = most, mine.sum[r] *= keep;
 #pragma unroll
       for (int j = 0; j < 8; ++j) mine.acc[r][j] *= keep;
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
-        score[u][r] = left > u * kKeys ? exp2f(score[u][r] - most) : 0.f;
+        score[u][r] = left > u * kKeys ? power_of_two_of(score[u][r] - most) : 0.f;
         mine.sum[r] += score[u][r];
       }
     }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       float v[8];
-      unpack8<T>(v, left > u * kKeys ? value[u] : Vec16{});  // 0 * Inf would be NaN
+      unpack8<T>(v, value(u));
 #pragma unroll
       for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -74,7 +75,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int r = 0; r < R; ++r) {
         const float other = __shfl_xor_sync(~0u, mine.most[r], step), most = fmaxf(mine.most[r], other);
-        const float keep = exp2f(mine.most[r] - most), weight = exp2f(other - most);
+        const float keep = power_of_two_of(mine.most[r] - most), weight = power_of_two_of(other - most);
         mine.most[r] = most;
         mine.sum[r] = mine.sum[r] * keep + __shfl_xor_sync(~0u, mine.sum[r], step) * weight;
 #pragma unroll
@@ -100,11 +101,11 @@ struct OnlineSoftmax {
       float higher = most;
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) higher = fmaxf(higher, top[n]);
-      const float keep = exp2f(most - higher);
+      const float keep = power_of_two_of(most - higher);
       most = higher, sum *= keep, value *= keep;
 #pragma unroll
       for (int n = 0; n < kAtOnce; ++n) {
-        const float weight = exp2f(top[n] - most);
+        const float weight = power_of_two_of(top[n] - most);
         sum += weight * total[n];
         value += weight * part[n];
       }

@@ -68,6 +68,16 @@ __device__ __forceinline__ float load_early(const float* p) {
   return v;
 }
 
+// Loads 16 bytes here; the compiler moves other loads to where they are used, behind branches.
+__device__ __forceinline__ Vec16 load16_early(const void* p) {
+  Vec16 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `Pending` of this thread's committed groups are still in flight.
@@ -159,6 +169,13 @@ __device__ __forceinline__ int arrive_at(int* counter) {
   return before;
 }
 
+// 2^v; exp2f takes care of denormal results in three more instructions
+__device__ __forceinline__ float power_of_two_of(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // (a ^ b) & c in one instruction
 __device__ __forceinline__ u32 xor_and(u32 a, u32 b, u32 c) {
   u32 r;
@@ -186,6 +203,7 @@ __device__ __forceinline__ void mma_unsigned(int (&c)[4], const u32 (&a)[4], u32
 struct Fp16 {
   using Out = Fp16;   // type of y
   using Sum = float;  // of the accumulators
+  static constexpr bool kLargeExponents = false;
   static constexpr int kBytes = 2;
   static constexpr float kWeight = 1.f;  // what row_scale has to be multiplied with
   // c[16 rows x 8 tokens] += a[16 x 16] * b[16 x 8]: mma.m16n8k16, fp32 accumulation
@@ -232,6 +250,7 @@ struct Fp16 {
 struct Bf16 {
   using Out = Bf16;
   using Sum = float;
+  static constexpr bool kLargeExponents = true;
   static constexpr int kBytes = 2;
   static constexpr float kWeight = 1.f;
   static __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {

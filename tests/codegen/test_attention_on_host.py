@@ -16,7 +16,7 @@ from tsld_fx.codegen.decode_kernels import AttentionParams
 from tsld_fx.cuda_templates import TEMPLATE_DIR
 
 HERE = Path(__file__).parent / "on_host"
-THREADS, HEAD_DIM, LENGTH = 64, 32, 96
+THREADS, HEAD_DIM, LENGTH = 64, 32, 384
 
 
 @pytest.mark.parametrize(("heads_per_block", "dtype"), [(1, torch.float16), (2, torch.bfloat16)])
@@ -30,7 +30,7 @@ def test_against_float64(tmp_path: Path, heads_per_block: int, dtype: torch.dtyp
     torch.manual_seed(0)
     batch, kv_heads = 2, 2
     heads = kv_heads * heads_per_block
-    for splits, positions in ((1, (0, 37)), (3, (95, 5)), (2, (16, 64))):
+    for splits, positions in ((1, (0, 383)), (3, (95, 5)), (2, (16, 64))):
         q = torch.randn(batch, heads, HEAD_DIM).to(dtype)
         k, v = (torch.randn(batch, kv_heads, HEAD_DIM).to(dtype) for _ in range(2))
         keys, values = (torch.full((batch, kv_heads, LENGTH, HEAD_DIM), torch.nan, dtype=dtype) for _ in range(2))

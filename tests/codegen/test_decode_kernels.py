@@ -14,8 +14,8 @@ from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError
 
-KINDS = [("rms_norm", 0, 0), ("silu_mul", 0, 0), ("take_token", 0, 0)]
-KINDS += [("attention", d, r) for d, r in ((128, 1), (64, 8), (256, 8))]
+KINDS = [("rms_norm", 0, 0, None), ("silu_mul", 0, 0, None), ("take_token", 0, 0, None)]
+KINDS += [("attention", *shape) for shape in ((128, 1, 128), (128, 1, 256), (64, 8, None), (256, 8, None))]
 
 
 def test_source(golden) -> None:
@@ -25,9 +25,9 @@ def test_source(golden) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(("kind", "head_dim", "rows"), KINDS)
-def test_no_spills(kind: str, head_dim: int, rows: int, target: str) -> None:
-    source, name = kernels.render(kind, torch.float16, head_dim, rows)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("kind", "head_dim", "rows", "threads"), KINDS)
+def test_no_spills(kind: str, head_dim: int, rows: int, threads: int | None, target: str) -> None:
+    source, name = kernels.render(kind, torch.float16, head_dim, rows, threads)  # type: ignore[arg-type]
     _, log = find_compiler("nvcc").compile(source, target)
     (usage,) = parse_resources(log)
     assert usage.kernel == name
@@ -56,6 +56,8 @@ def test_blocks_of_a_head_form_a_cluster_where_they_can() -> None:
     assert [size(s, 128, 1, 90) for s in (1, 2, 3, 5, 6, 9, 12, 13)] == [0, 2, 4, 4, 8, 8, 8, 0]
     assert size(9, 128, 1, 80) == 0  # no clusters before Hopper
     assert size(9, 128, 4, 90) == 8 and size(9, 128, 8, 90) == 0  # too much shared memory
+    threads = kernels.attention_threads
+    assert [threads(128, 1, c) for c in (0, 4, 8)] == [256, 256, 128] and threads(128, 4, 8) == 256
 
 
 @pytest.mark.parametrize("bits", [2, 4])

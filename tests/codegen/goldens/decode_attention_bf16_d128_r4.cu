@@ -6,6 +6,8 @@ extern "C" __global__ void __launch_bounds__(256)
 tsld_attention_bf16_d128_r4(const __grid_constant__ tsld::AttentionParams params) {
   using Kernel = tsld::DecodeAttention<tsld::Bf16, 128, 4, 256>;
   __shared__ Kernel::Shared shared;
+  extern __shared__ tsld::Vec16 ring[];
   static_assert(sizeof(shared) <= 48 * 1024, "codegen/decode_kernels.py chose too many heads");
-  Kernel::run(params, shared);
+  static_assert(Kernel::kRingBytes == 65536, "codegen/decode_kernels.py disagrees");
+  Kernel::run(params, shared, ring);
 }

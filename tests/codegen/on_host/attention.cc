@@ -8,12 +8,14 @@ using Kernel = tsld::DecodeAttention<tsld::TYPE, HEAD_DIM, HEADS, THREADS>;
 
 static tsld::AttentionParams params;
 static Kernel::Shared shared;
+static tsld::Vec16 ring[Kernel::kRingBytes / sizeof(tsld::Vec16)];
 
-static void body() { Kernel::run(params, shared); }
+static void body() { Kernel::run(params, shared, ring); }
 
 extern "C" int run(const tsld::AttentionParams* given, int size, int grid_x, int grid_y, int backwards) {
   if (size != static_cast<int>(sizeof(params))) return 1;
   params = *given;
+  host::shared_base = reinterpret_cast<char*>(ring);
   gridDim = {grid_x, grid_y, 1};
   for (int x = 0; x < grid_x; ++x)
     for (int y = 0; y < grid_y; ++y) {

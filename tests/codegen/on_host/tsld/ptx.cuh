@@ -197,6 +197,8 @@ inline Vec16 load_shared16(u32 address) {
   std::memcpy(&v, host::shared_base + address, 16);
   return v;
 }
+inline Vec16 load16_early(const void* p) { return *static_cast<const Vec16*>(p); }
+inline float power_of_two_of(float v) { return std::exp2(v); }
 inline u32 xor_and(u32 a, u32 b, u32 c) { return (a ^ b) & c; }
 inline void ldmatrix_x4(u32 (&)[4], u32) { std::abort(); }
 inline void wait_for_previous_kernel() {}
@@ -225,6 +227,7 @@ inline void mma_unsigned(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 struct Fp16 {
   using Out = Fp16;
   using Sum = float;
+  static constexpr bool kLargeExponents = false;
   static constexpr int kBytes = 2;
   static constexpr float kWeight = 1.f;
   static void mma(float (&)[4], const u32 (&)[4], u32, u32) { std::abort(); }
@@ -248,6 +251,7 @@ struct Fp16 {
 struct Bf16 {
   using Out = Bf16;
   using Sum = float;
+  static constexpr bool kLargeExponents = true;
   static constexpr int kBytes = 2;
   static constexpr float kWeight = 1.f;
   static void mma(float (&)[4], const u32 (&)[4], u32, u32) { std::abort(); }
