@@ -218,7 +218,7 @@ def attention_supported(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin
     tensors = [t for t in (q, k, v, cos, sin) if t is not None]
     return (
         q.shape[1] == 1 and q.dtype in DTYPES and q.shape[3] in HEAD_DIMS and q.shape[0] > 0
-        and all(t.dtype == q.dtype for t in tensors) and _aligned(q, k, v)
+        and all(t.dtype == q.dtype and t.data_ptr() % 16 == 0 for t in tensors) and _aligned(q, k, v)
         and all(t.stride(2) == t.shape[3] and t.stride(0) % 8 == 0 for t in (q, k, v))
     )  # fmt: skip
 
