@@ -4,8 +4,8 @@
 // the last block to arrive adds them up; in a fixed order in both cases.
 //
 // Keys and values of earlier positions do not depend on the kernels of this step before this one: the first of them are
-// on their way to shared memory before the wait. That is right as long as some kernel between two steps waits for all earlier ones, which
-// launches without overlap and replays of CUDA graphs do.
+// on their way to shared memory before the wait. That is right as long as some kernel between two steps waits for all
+// earlier ones, which launches without overlap and replays of CUDA graphs do.
 #pragma once
 
 #include "tsld/cluster.cuh"
