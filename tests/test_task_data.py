@@ -139,6 +139,8 @@ def test_scores_equal_one_example_at_a_time(seed: int, tmp_path: Path) -> None:
     examples = read_examples(str(questions(tmp_path / "q.jsonl", 9, seed)))
     examples.append(Example("my bird", " eats corn"))
     found = score_task(model, examples, tokenizer(), block_size=30, batch_size=4)
+    with pytest.raises(DataError, match="batch_size=0"):
+        score_task(model, examples, tokenizer(), batch_size=0)
     total, tokens, right = 0.0, 0, 0
     for example in examples:
         scores = {}

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tsld_fx.errors import DataError
 from tsld_fx.losses import token_cross_entropy
 from tsld_fx.prepared_inputs import check_tokens
 from tsld_fx.settings import RunSettings
@@ -55,8 +56,10 @@ def score_task(
         block_size: examples of more tokens are left out, with a warning.
 
     Raises:
-        DataError: no example fits.
+        DataError: no example fits, or no batch does.
     """
+    if batch_size < 1:
+        raise DataError(f"scoring: batch_size={batch_size} must be at least 1.")
     answers = encode_all(examples, tokenizer, block_size, "scoring")
     kept = [e for e in examples if encode(e.prompt, e.answer, tokenizer).ids.numel() <= block_size]
     wrong = [[c for c in e.choices if c != e.answer] for e in kept]

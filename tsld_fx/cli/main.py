@@ -76,5 +76,5 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:  # typer turns Ctrl-C into exit code 130
         if stop.code == 130:
-            Console(stderr=True).print("stopped; the same command resumes from the last checkpoint.")
+            Console(stderr=True).print("stopped; of a run, the same command resumes from the last checkpoint.")
         raise

@@ -33,6 +33,7 @@ from tsld_fx.distributed.saved_run import SavedRun
 from tsld_fx.errors import ConfigError
 from tsld_fx.perplexity import Perplexity, windows
 from tsld_fx.prepared import PreparedModel
+from tsld_fx.sample_checks import check_samples
 from tsld_fx.trainer import check_teacher
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class DistributedTrainer(SavedRun):
             )
         if self.distill.needs_teacher or teacher is not None:
             check_teacher(teacher, model)
+        check_samples(self.train_dataset, model, stacked=self._collate is None)
         self._batches(self._micro_batches)
         if self.parallel.mode == "pipeline":
             world, schedule = self.ranks.world_size, self.parallel.schedule
