@@ -44,7 +44,8 @@ class GemmConfig:
     cluster: wgmma, digits; Hopper, up to 64 tokens, ternary: the blocks that split K form a cluster and add up in its
         shared memory. digits take their products from wgmma then.
     ahead: wgmma, ternary: buffers of four chunks that weights have for themselves; 0 puts them beside x in the stages.
-    digits: stream, one or two tokens, ternary with a scale per row: x as four int8 digits (stream_digits.cuh).
+    digits: stream, one or two tokens, ternary with a scale per row or 128 inputs: x as four int8 digits
+        (stream_digits.cuh).
     """
 
     tokens: int
@@ -140,7 +141,7 @@ class GemmConfig:
             registers, warps = self.row_tiles * self.tokens // 2 + 72, self.threads // 32
             registers += 24 * (self.row_tiles > 1 and self.tokens == 16)  # addresses of two row tiles
             if (spec.bits, spec.group) == (2, 128):
-                registers += 8  # WgmmaConfig::kOwnScales
+                registers += 8 + self.tokens // 2 * self.cluster  # WgmmaConfig::kOwnScales
             else:
                 registers += 24 * (spec.quantised is not None or spec.group > 0)  # the scales of tokens or of groups
             fitting = [b for b in (6, 5, 4, 3, 2) if _REGISTERS // (32 * _round_up(b * warps, 4)) >= registers]

@@ -58,8 +58,8 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
         arguments.append(str(config.cluster).lower())
     elif config.cluster or config.ahead:
         arguments += [str(config.cluster).lower(), config.ahead]
-    if config.digits and (spec.bits != 2 or spec.group):
-        raise BackendError(f"{config.name} takes ternary weights with one scale per row, not {spec}.")
+    if config.digits and (spec.bits != 2 or spec.group not in (0, CHUNK)):
+        raise BackendError(f"{config.name} takes ternary weights with one scale per row or 128 inputs, not {spec}.")
     if spec.norm or spec.gated or config.digits:
         if entry != "Stream":
             raise BackendError(f"{config.name} computes the product alone. Choose a stream configuration for {spec}.")

@@ -184,7 +184,7 @@ def _heuristic(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -
 
 def _digits_serve(spec: KernelSpec, k: int, m: int) -> bool:
     """Whether there are stream kernels over int8 digits of x: about a third of the instructions per weight."""
-    ternary = spec.bits == 2 and spec.group == 0 and spec.quantised is None
+    ternary = spec.bits == 2 and spec.group in (0, CHUNK) and spec.quantised is None
     return ternary and m <= MOST_DIGIT_TOKENS and k <= _MOST_DIGIT_INPUTS
 
 

@@ -1,25 +1,19 @@
-// What a block of a stream kernel over digits adds up, and how it becomes y. Sums of integers, so that the warps that share
+// What a block of a stream kernel over digits adds up, and how it becomes y. Sums are integers, so that the warps that share
 // a row may add theirs in any order.
 #pragma once
 
-#include "tsld/stream_digits.cuh"
+#include "tsld/group_digits.cuh"
 #include "tsld/stream_fusion.cuh"
 
 namespace tsld {
 
-// A warp's sums of one row group.
-template <class C>
-struct DigitSums {
-  DigitSum of[C::kRowTiles][C::kTokenTiles];
-  int twice[C::kTokenTiles][4];  // sums of the digits themselves
-};
-
 template <class C>
 struct DigitTotals {
   using T = typename C::Type;
+  using Sums = typename If<C::kGroup == 0, DigitSums<C>, GroupDigitSums<C>>::type;
 
   const GemmParams& p;
-  int* const sums;                 // shared memory: [token][row][digit]
+  int* const sums;                 // shared memory: [token][row][digit], of groups [high, low, unused]
   const DigitScale* const scales;  // of the tokens
   const float* const row_scales;
   const int first_group, groups;   // the block's rows
@@ -31,16 +25,15 @@ struct DigitTotals {
   }
 
   // A warp's sums, which start again at zero. A lane has two digits of a token.
-  __device__ __forceinline__ void add(DigitSums<C>& acc, int group) const {
+  __device__ __forceinline__ void add(Sums& acc, int group) const {
     const int lane = threadIdx.x % 32;
-    int* to = sums + ((group * C::kGroupRows + lane / 4) * kDigitsOf + lane % 2 * 2);
+    int* to = sums + (group * C::kGroupRows + lane / 4) * kDigitsOf;
 #pragma unroll
     for (int nt = 0; nt < C::kTokenTiles; ++nt) {
       const int token = nt * 2 + lane % 4 / 2;
-      if (token >= C::kTokens) continue;
 #pragma unroll
       for (int rt = 0; rt < C::kRowTiles; ++rt)
-        add_digits(to + (token * groups * C::kGroupRows + rt * kTileRows) * kDigitsOf, acc.of[rt][nt], acc.twice[nt]);
+        add_digits(to + (token * groups * C::kGroupRows + rt * kTileRows) * kDigitsOf, acc, rt, nt, token < C::kTokens);
     }
     acc = {};
   }
@@ -67,8 +60,8 @@ struct DigitTotals {
   __device__ __forceinline__ float output(int token0, int token, int r) const {
     const int row = first_group * C::kGroupRows + r;
     const DigitScale scale = scales[token];
-    float sum = join_digits(sums + (token * groups * C::kGroupRows + r) * kDigitsOf, scale);
-    if (!scale.finite) sum = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T>(p, token0 + token, row, 0, p.k);
+    float sum = join_digits<C::kGroup>(sums + (token * groups * C::kGroupRows + r) * kDigitsOf, scale);
+    if (!scale.finite) sum = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T, C::kGroup>(p, token0 + token, row);
     sum *= row_scales[r];
     return p.bias != nullptr && row < p.n ? sum + T::to_float(static_cast<const u16*>(p.bias)[row]) : sum;
   }

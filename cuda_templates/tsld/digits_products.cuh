@@ -50,11 +50,12 @@ class DigitsProducts {
 
   Products products_;
   Totals totals_;
+  float factor_[C::kUnit][2];    // scales of the lane's rows in the chunks under way
   u32 operand_[C::kUnit][4][4];  // weights on their way to wgmma
   const int warp_, lane_;
 
  public:
-  __device__ __forceinline__ DigitsProducts() : warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) { clear(); }
+  __device__ __forceinline__ DigitsProducts() : factor_{}, warp_(threadIdx.x / 32), lane_(threadIdx.x % 32) { clear(); }
 
   // Adds the codes of a stage of the ring x the bytes of all tokens. On Hopper, wgmma may still be at it afterwards.
   __device__ __forceinline__ void multiply(u32 stage, u32 x) {
@@ -64,31 +65,29 @@ class DigitsProducts {
     if constexpr (C::kHopper) {
       // rows of 16 bytes, eight rows to 128 bytes; not swizzled
       const u32 panel = static_cast<u32>(C::kInputsBytes >> 4) << 16 | (x & 0x3FFFF) >> 4;
+      const u64 first = static_cast<u64>(128 >> 4) << 32 | panel;
 #pragma unroll
       for (int u = 0; u < C::kUnit; ++u) {
-        auto& products = products_[C::kGroup ? u : 0];
-        if constexpr (C::kGroup != 0) clear(products);
+        auto& products = products_[C::kGroup ? u : 0][0];
         wgmma_wait<C::kUnit - 1>();  // for the batch that read this operand
 #pragma unroll
         for (int word = 0; word < 4; ++word) dequant_narrow(operand_[u][word], codes[u].w[word]);
-        if constexpr (C::kGroup != 0) pin(products[0]);
         pin(operand_[u]);
+        if (C::kGroup != 0 && u == 0) scale_last();
+        if constexpr (C::kGroup != 0) load_scales(factor_[u], stage, u);
         wgmma_fence();
+        const u64 chunk = first + u * (8 * C::kInputsBytes >> 4);
+        using Product = Wgmma<Int8<T>, C::kTokenTiles * 2>;
+        Product::template run<C::kGroup == 0>(products, operand_[u][0], chunk);
 #pragma unroll
-        for (int word = 0; word < 4; ++word)
-          Wgmma<Int8<T>, C::kTokenTiles * 2>::run(
-              products[0], operand_[u][word],
-              static_cast<u64>(128 >> 4) << 32 | (panel + (u * 4 + word) * (2 * C::kInputsBytes >> 4)));
+        for (int word = 1; word < 4; ++word)
+          Product::run(products, operand_[u][word], chunk + word * (2 * C::kInputsBytes >> 4));
         wgmma_commit();
       }
       if constexpr (C::kGroup != 0) {
-        static_assert(C::kUnit == 2, "chunks of a unit");
         wgmma_wait<1>();
         pin(products_[0][0]);
-        scale(products_[0], stage, 0);
-        wgmma_wait<0>();
-        pin(products_[C::kUnit - 1][0]);
-        scale(products_[C::kUnit - 1], stage, 1);
+        scale(products_[0][0], totals_[0], factor_[0]);
       }
     } else {
       auto& products = products_[0];
@@ -110,7 +109,13 @@ class DigitsProducts {
               mma_int8(products[rt][nt], a, b[nt].w[2 * word], b[nt].w[2 * word + 1]);
           }
       }
-      if constexpr (C::kGroup != 0) scale(products, stage, 0);
+      if constexpr (C::kGroup != 0) {
+#pragma unroll
+        for (int rt = 0; rt < C::kTiles; ++rt) {
+          load_scales(factor_[0], stage, rt);
+          scale(products[rt], totals_[rt], factor_[0]);
+        }
+      }
     }
   }
 
@@ -118,6 +123,9 @@ class DigitsProducts {
     if constexpr (C::kHopper && C::kGroup == 0) {
       wgmma_wait<0>();
       pin(products_[0][0]);
+    } else if constexpr (C::kHopper) {
+      scale_last();
+      factor_[1][0] = factor_[1][1] = 0.f;
     }
   }
 
@@ -132,7 +140,7 @@ class DigitsProducts {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = nt * 8 + lane_ % 4 * 2 + i % 2, row = (tile + rt) * kTileRows + lane_ / 4 + i / 2 * 8;
-          to[token * C::kSlotStride + row] = C::kGroup ? __float_as_int(totals_[rt][nt][i])
+          to[token * C::kSlotStride + row] = C::kGroup ? __float_as_int(totals_[rt][nt][i] * (1.f / 64.f))
                                                        : join(products[rt][2 * nt][i], products[rt][2 * nt + 1][i]);
         }
     clear();
@@ -161,19 +169,28 @@ class DigitsProducts {
   // Both bytes of a product, in units of X: codes are +-64.
   static __device__ __forceinline__ int join(int high, int low) { return high * 4 + (low >> 6); }
 
-  // The products of a chunk, times its scales, go to the totals.
-  __device__ __forceinline__ void scale(const int (&products)[C::kTiles][C::kTokenTiles * 2][4], u32 stage, int chunk) {
+  // What wgmma was still at: the second chunk of a unit.
+  __device__ __forceinline__ void scale_last() {
+    constexpr int kLast = C::kGroup ? C::kUnit - 1 : 0;
+    wgmma_wait<0>();
+    pin(products_[kLast][0]);
+    scale(products_[kLast][0], totals_[0], factor_[kLast]);
+  }
+
+  // Of the lane's rows g and g+8 in block `index` of the stage's scales.
+  __device__ __forceinline__ void load_scales(float (&scales)[2], u32 stage, int index) const {
+    const u32 meta = stage + C::kMetaAt + index * Meta::kBytes + lane_ / 4 * 2;
+    scales[0] = Fp16::to_float(load_shared2(meta)), scales[1] = Fp16::to_float(load_shared2(meta + 16));
+  }
+
+  // The products of a row tile and chunk, 64 times too large, times the scales of its rows go to the totals.
+  __device__ __forceinline__ static void scale(const int (&products)[C::kTokenTiles * 2][4],
+                                               float (&totals)[C::kTokenTiles][4], const float (&scales)[2]) {
 #pragma unroll
-    for (int rt = 0; rt < C::kTiles; ++rt) {
-      const u32 meta = stage + C::kMetaAt + (rt * C::kUnit + chunk) * Meta::kBytes + lane_ / 4 * 2;
-      const float scales[2] = {Fp16::to_float(load_shared2(meta)), Fp16::to_float(load_shared2(meta + 16))};
+    for (int nt = 0; nt < C::kTokenTiles; ++nt)
 #pragma unroll
-      for (int nt = 0; nt < C::kTokenTiles; ++nt)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          totals_[rt][nt][i] +=
-              scales[i / 2] * __int2float_rn(join(products[rt][2 * nt][i], products[rt][2 * nt + 1][i]));
-    }
+      for (int i = 0; i < 4; ++i)
+        totals[nt][i] += scales[i / 2] * __int2float_rn(products[2 * nt][i] * 256 + products[2 * nt + 1][i]);
   }
 };
 

@@ -18,7 +18,7 @@
 namespace tsld {
 
 // kNorm, kGated: x is normalised, or the outputs are gated, on the way (stream_fusion.cuh); without a split only.
-// kDigits: x as digits of 8 bits (stream_digits.cuh); up to two tokens, ternary with a scale per row.
+// kDigits: x as digits of 8 bits (stream_digits.cuh); up to two tokens, ternary with a scale per row or 128 inputs.
 template <class Type_, int kBits_, int kGroup_, int kTokens_, int kWarps_, int kRowTiles_, int kStages_,
           bool kNorm_ = false, bool kGated_ = false, bool kDigits_ = false>
 struct StreamConfig {
@@ -26,7 +26,7 @@ struct StreamConfig {
   static constexpr bool kNorm = kNorm_, kGated = kGated_, kDigits = kDigits_;
   static constexpr int kBits = kBits_, kGroup = kGroup_, kTokens = kTokens_, kWarps = kWarps_;
   static constexpr int kRowTiles = kRowTiles_, kStages = kStages_;
-  static_assert(!kDigits || (kBits == 2 && kGroup == 0 && kTokens <= 2), "digits: ternary, a scale per row");
+  static_assert(!kDigits || (kBits == 2 && kGroup % 128 == 0 && kTokens <= 2), "digits: ternary, a scale per row or chunk");
   static constexpr int kTokenTiles = kDigits ? DigitLayout<kTokens>::kTiles : ceil_div(kTokens, 8);
   static constexpr int kThreads = 32 * kWarps, kEpilogueThreads = kThreads;
   static __device__ __forceinline__ void sync() { __syncthreads(); }
@@ -101,7 +101,7 @@ class StreamGemm {
     }
 
     ZeroPoint<T, C::kBits> zero[C::kRowTiles];
-    typename If<C::kDigits, DigitSums<C>, FloatSums>::type acc = {};
+    typename If<C::kDigits, typename DigitTotals<C>::Sums, FloatSums>::type acc = {};
     u32 at = ring();
     for (int unit = begin; unit < end; ++unit) {
       cp_async_wait<C::kStages - 2>();
@@ -111,7 +111,7 @@ class StreamGemm {
         if (unit == begin || chunk == 0) load_row_zeros(zero, group);
       }
       if constexpr (C::kDigits)
-        multiply_digits<C>(acc.of, acc.twice, x_address() + chunk * Digits::kChunkBytes, at);
+        multiply_digits<C>(acc, x_address() + chunk * Digits::kChunkBytes, at);
       else
         multiply_chunk<C>(acc.of, zero, x_address() + chunk * kChunk * 2, x_stride_, 0, at,
                           at + C::kRowTiles * Weights::kBytes);
@@ -147,7 +147,7 @@ class StreamGemm {
       const i64 tile = (gemm.first_group_ + group) * C::kRowTiles;
       const i64 block = tile * gemm.p_.chunks + gemm.first_chunk_ + first;
       weights = static_cast<const char*>(all_weights) + block * Weights::kBytes + gemm.lane_ * 16;
-      meta = static_cast<const char*>(all_meta) + block * Meta::kBytes + gemm.lane_ * 16;
+      meta = static_cast<const char*>(all_meta) + block * Meta::kBytes;
     }
     __device__ __forceinline__ void advance(const StreamGemm& gemm) {
       int blocks = 1;
@@ -202,12 +202,12 @@ class StreamGemm {
         for (int v = 0; v < Weights::kVecs; ++v)
           cp_async_stream(to + rt * Weights::kBytes + v * 512, source.weights + tile * Weights::kBytes + v * 512,
                           policy_);
-        if constexpr (C::kGroup != 0) {
-          if (lane_ < Meta::kBytes / 16)
-            cp_async_stream(to + C::kRowTiles * Weights::kBytes + rt * Meta::kBytes,
-                            source.meta + tile * Meta::kBytes, policy_);
-        }
       }
+      constexpr int kMeta = imax(Meta::kBytes, 1), kAll = C::kRowTiles * Meta::kBytes;  // of the row tiles, one after another
+#pragma unroll
+      for (int at = lane_ * 16; at < kAll; at += 512)
+        cp_async_stream(stage + C::kRowTiles * Weights::kBytes + at,
+                        source.meta + at / kMeta * static_cast<i64>(p_.chunks) * kMeta + at % kMeta, policy_);
       source.advance(*this);
       stage = next_stage(stage);
     }
@@ -251,7 +251,9 @@ class StreamGemm {
   }
 
   // The warp's sums of one row group go to their slot, and start again at zero.
-  __device__ __forceinline__ void put_piece(DigitSums<C>& acc, int group) const { digit_totals().add(acc, group); }
+  __device__ __forceinline__ void put_piece(typename DigitTotals<C>::Sums& acc, int group) const {
+    digit_totals().add(acc, group);
+  }
   __device__ __forceinline__ void put_piece(FloatSums& acc, int group) const {
     float* to = slots() + (group + warp_) * C::kSlotFloats + lane_ / 4;
 #pragma unroll

@@ -21,14 +21,8 @@ __device__ __forceinline__ void load_group_zeros(Zero& zero, u32 meta, int group
 template <class C>
 __device__ __forceinline__ void load_group_scales(float (&scale)[2], u32 meta, int group) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    u16 bits;
-    asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=h"(bits)
-                 : "r"(meta + (group * kTileRows + threadIdx.x % 32 / 4 + 8 * half) * 2)
-                 : "memory");
-    scale[half] = Fp16::to_float(bits);
-  }
+  for (int half = 0; half < 2; ++half)
+    scale[half] = Fp16::to_float(load_shared2(meta + (group * kTileRows + threadIdx.x % 32 / 4 + 8 * half) * 2));
 }
 
 // The other way to apply group scales: to the weights before the product, rounded to the type of x.

@@ -34,6 +34,13 @@ struct DigitSum {
   int c[2][4];
 };
 
+// A warp's sums of one row group.
+template <class C>
+struct DigitSums {
+  DigitSum of[C::kRowTiles][C::kTokenTiles];
+  int twice[C::kTokenTiles][4];  // sums of the digits themselves
+};
+
 // What makes x of the sums of its digits: two factors (their product may be too small for a float), and whether all
 // values are finite. One per token, behind the digits.
 struct DigitScale {
@@ -51,11 +58,11 @@ __device__ __forceinline__ u32 codes_at(u32 word) {
   return xor_and(word, 0xAAAAAAAAu, 0xC0C0C0C0u >> 2 * kPlace);
 }
 
-// acc[rt][nt] += codes of row tile rt x digits of tokens 2*nt, 2*nt+1, over 128 inputs; twice[nt] += 2 x the digits.
-// x: shared address of the chunk.
+// of[rt][nt] += codes of row tile rt x digits of tokens 2*nt, 2*nt+1, over 128 inputs; twice[nt] += 2 x the digits. x: shared address of the chunk.
 template <class C>
-__device__ __forceinline__ void multiply_digits(DigitSum (&acc)[C::kRowTiles][C::kTokenTiles],
-                                                int (&twice)[C::kTokenTiles][4], u32 x, u32 weights) {
+__device__ __forceinline__ void multiply_digits(DigitSums<C>& sums, u32 x, u32 weights) {
+  auto& acc = sums.of;
+  auto& twice = sums.twice;
   using Layout = DigitLayout<C::kTokens>;
   const int lane = threadIdx.x % 32;
   const u32 mine = x + lane % (4 * Layout::kColumns) * 16;  // columns past the last repeat the others: never stored
@@ -87,37 +94,45 @@ __device__ __forceinline__ void multiply_digits(DigitSum (&acc)[C::kRowTiles][C:
   }
 }
 
-// A lane's sums of two digits for rows g and g+8, added to those of the block: `to` [row][digit], the lane's first.
-__device__ __forceinline__ void add_digits(int* to, const DigitSum& sum, const int (&twice)[4]) {
+// A lane's sums of two digits for rows g and g+8, added to those of the block: `to` [row][digit].
+template <class C>
+__device__ __forceinline__ void add_digits(int* to, const DigitSums<C>& sums, int rt, int nt, bool wanted) {
+  if (!wanted) return;
+  const DigitSum& sum = sums.of[rt][nt];
+  to += threadIdx.x % 2 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int upper = sum.c[0][2 * half + i] >> (half ? 4 : 6), lower = sum.c[1][2 * half + i] >> (half ? 0 : 2);
-      atomicAdd(to + half * 8 * kDigitsOf + i, upper + lower - twice[i]);
+      atomicAdd(to + half * 8 * kDigitsOf + i, upper + lower - sums.twice[nt][i]);
     }
 }
 
-// The sums of a row's digits -> that of x
+// The sums of a row's digits, or with groups of the two halves of x -> that of x
+template <int kGroup>
 __device__ __forceinline__ float join_digits(const int* sums, const DigitScale& scale) {
   const Vec16 d = *reinterpret_cast<const Vec16*>(sums);
   float v[kDigitsOf];
 #pragma unroll
   for (int i = 0; i < kDigitsOf; ++i) v[i] = __int2float_rn(static_cast<int>(d.w[i]));
+  if constexpr (kGroup != 0) return (v[0] * 32768.f + v[1]) * scale.first * scale.second;
   return ((v[0] * 8388608.f + v[1] * 32768.f) + (v[2] * 256.f + v[3])) * scale.first * scale.second;
 }
 
-// Inputs k0 .. end-1 of a row and a token that is not finite, one product after another: 0 * Inf is NaN, as everywhere.
-// Slow.
-template <class T>
-__device__ __forceinline__ float exact_row(const GemmParams& p, int token, int row, int k0, int end) {
+// A row and a token that is not finite, one product after another: 0 * Inf is NaN, as everywhere. Slow.
+template <class T, int kGroup>
+__device__ __forceinline__ float exact_row(const GemmParams& p, int token, int row) {
   const u16* x = static_cast<const u16*>(p.x) + token * p.ldx;
   const u32* tile = static_cast<const u32*>(p.weights) + static_cast<i64>(row / 16) * p.chunks * 128;
+  const u16* scales = static_cast<const u16*>(p.meta) + static_cast<i64>(row / 16) * p.chunks * 16 + row % 16;
   float sum = 0.f;
-  for (int k = k0; k < end; ++k) {
+#pragma unroll 1
+  for (int k = 0; k < p.k; ++k) {
     const int lane = row % 8 * 4 + k % 8 / 2, part = 4 * (k / 16 % 2) + 2 * (k / 8 % 2) + row / 8 % 2;
     const u32 code = tile[k / 128 * 128 + lane * 4 + k % 128 / 32] >> (14 - 2 * part + 16 * (k % 2)) & 3;
-    sum += (code == 1 ? 2.f : code == 3 ? -2.f : 0.f) * T::to_float(x[k]);
+    const float weight = code == 1 ? 2.f : code == 3 ? -2.f : 0.f;
+    sum += (kGroup ? weight * Fp16::to_float(scales[k / 128 * 16]) : weight) * T::to_float(x[k]);
   }
   return sum;
 }

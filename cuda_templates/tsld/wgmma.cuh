@@ -53,7 +53,7 @@ __device__ __forceinline__ u64 panel_descriptor(u32 address) {
 }
 
 // d[64 rows x 8 * kTokenTiles tokens] += a[64 x inputs] * panel^T over 32 bytes of inputs (16 of 16-bit types, 32 of
-// 8-bit types). d[j] is the fragment of tokens 8j .. 8j+7.
+// 8-bit types). d[j] is the fragment of tokens 8j .. 8j+7. kAdd = 0: d = the product alone.
 template <class T, int kTokenTiles>
 struct Wgmma;
 
@@ -66,34 +66,35 @@ struct Wgmma;
 #define TSLD_FLOAT(x) "+f"(x)
 #define TSLD_INT(x) "+r"(x)
 
-// T: template parameters and type; K: inputs of a step; TYPES: of d, a and b; TAIL: scale-d and what else the types take.
+// T: template parameters and type; K: inputs of a step; TYPES: of d, a and b; TAIL: what else the types take.
 #define TSLD_WGMMA(PARAMETERS, T, SUM, C, TILES, N, K, TYPES, TAIL, D, A)                                            \
   template <PARAMETERS>                                                                                             \
   struct Wgmma<T, TILES> {                                                                                          \
+    template <int kAdd = 1>                                                                                         \
     static __device__ __forceinline__ void run(SUM (&d)[TILES][4], const u32 (&a)[4], u64 panel) {                  \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k" K "." TYPES " {" D "}, {" A TAIL ";"                   \
                    : TSLD_D##TILES(C, 0)                                                                            \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel));                                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(panel), "n"(kAdd));                             \
     }                                                                                                               \
   };
 #define TSLD_REGISTERS_8 "%0, %1, %2, %3"
-#define TSLD_OPERANDS_8 "%4, %5, %6, %7}, %8"
+#define TSLD_OPERANDS_8 "%4, %5, %6, %7}, %8, %9"
 #define TSLD_REGISTERS_16 \
   "%0, %1, %2, %3, %4, %5, %6, %7"
-#define TSLD_OPERANDS_16 "%8, %9, %10, %11}, %12"
+#define TSLD_OPERANDS_16 "%8, %9, %10, %11}, %12, %13"
 #define TSLD_REGISTERS_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define TSLD_OPERANDS_32 "%16, %17, %18, %19}, %20"
+#define TSLD_OPERANDS_32 "%16, %17, %18, %19}, %20, %21"
 #define TSLD_REGISTERS_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
   "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TSLD_OPERANDS_64 "%32, %33, %34, %35}, %36"
+#define TSLD_OPERANDS_64 "%32, %33, %34, %35}, %36, %37"
 #define TSLD_REGISTERS_128 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
   "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
   "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
   "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define TSLD_OPERANDS_128 "%64, %65, %66, %67}, %68"
+#define TSLD_OPERANDS_128 "%64, %65, %66, %67}, %68, %69"
 #define TSLD_REGISTERS_256 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
   "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, " \
@@ -103,16 +104,16 @@ struct Wgmma;
   "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, " \
   "%108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
   "%126, %127"
-#define TSLD_OPERANDS_256 "%128, %129, %130, %131}, %132"
+#define TSLD_OPERANDS_256 "%128, %129, %130, %131}, %132, %133"
 
 #define TSLD_TYPES_OF(TILES, N)                                                                                      \
-  TSLD_WGMMA(, Fp16, float, TSLD_FLOAT, TILES, #N, "16", "f32.f16.f16", ", 1, 1, 1, 0", TSLD_REGISTERS_##N,          \
+  TSLD_WGMMA(, Fp16, float, TSLD_FLOAT, TILES, #N, "16", "f32.f16.f16", ", 1, 1, 0", TSLD_REGISTERS_##N,          \
              TSLD_OPERANDS_##N)                                                                                     \
-  TSLD_WGMMA(, Bf16, float, TSLD_FLOAT, TILES, #N, "16", "f32.bf16.bf16", ", 1, 1, 1, 0", TSLD_REGISTERS_##N,        \
+  TSLD_WGMMA(, Bf16, float, TSLD_FLOAT, TILES, #N, "16", "f32.bf16.bf16", ", 1, 1, 0", TSLD_REGISTERS_##N,        \
              TSLD_OPERANDS_##N)                                                                                     \
-  TSLD_WGMMA(class Out, Int8<Out>, int, TSLD_INT, TILES, #N, "32", "s32.s8.s8", ", 1", TSLD_REGISTERS_##N,           \
+  TSLD_WGMMA(class Out, Int8<Out>, int, TSLD_INT, TILES, #N, "32", "s32.s8.s8", "", TSLD_REGISTERS_##N,           \
              TSLD_OPERANDS_##N)                                                                                     \
-  TSLD_WGMMA(class Out, Fp8<Out>, float, TSLD_FLOAT, TILES, #N, "32", "f32.e4m3.e4m3", ", 1, 1, 1",                  \
+  TSLD_WGMMA(class Out, Fp8<Out>, float, TSLD_FLOAT, TILES, #N, "32", "f32.e4m3.e4m3", ", 1, 1",                  \
              TSLD_REGISTERS_##N, TSLD_OPERANDS_##N)
 TSLD_TYPES_OF(1, 8)
 TSLD_TYPES_OF(2, 16)

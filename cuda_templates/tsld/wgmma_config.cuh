@@ -45,6 +45,8 @@ struct WgmmaConfig {
   static constexpr int kWeightBytes = kBlockTiles * Weights::kBytes;
   // Ternary groups of 128 have one scale per row and chunk: consumers read these themselves, a chunk ahead.
   static constexpr bool kOwnScales = kBits == 2 && kGroup == 128;
+  // With few tokens the sums of a chunk take them, with many the weights: half the accumulators.
+  static constexpr bool kScaleSums = kOwnScales && kRowTiles == 1 && kBatches == 4;
   static constexpr int kMetaBytes = kOwnScales ? 0 : kBlockTiles * Meta::kBytes;  // of a stage, behind all stages
   // Few tokens: weights have a ring of their own, of kAhead buffers of four chunks, because memory takes longer than L2.
   static constexpr int kAhead = kAhead_;

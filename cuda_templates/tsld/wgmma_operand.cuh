@@ -6,12 +6,12 @@
 
 namespace tsld {
 
-// a = ternary codes of 32 inputs, times the scales of the lane's two rows where C::kOwnScales
+// a = ternary codes of 32 inputs, times the scales of the lane's two rows where C::kOwnScales and not C::kScaleSums
 template <class C, class Zero>
 __device__ __forceinline__ void load_pair(u32 (&a)[2][4], u32 word, const Zero& zero, const u32 (&factor)[2]) {
   const u32 words[1] = {word};
   dequant_pair(a, words, zero);
-  if constexpr (C::kOwnScales) {
+  if constexpr (C::kOwnScales && !C::kScaleSums) {
 #pragma unroll
     for (int step = 0; step < 2; ++step)
 #pragma unroll

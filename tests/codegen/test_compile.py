@@ -31,7 +31,7 @@ def test_no_spills(activation: str, bits: int, group: int, target: str) -> None:
     assert {r.kernel for r in resources} == {kernel_name(spec, c) for c in configs}
     spilled = [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
     assert not spilled
-    assert "C7510" not in log and "C7513" not in log, "wgmma instructions were serialised:\n" + log
+    assert "serialized" not in log, "wgmma instructions were serialised:\n" + log
     assert len(binary) > 1000
 
 
@@ -45,7 +45,7 @@ def test_no_spills_with_activations_of_8_bits(quantised: str) -> None:
     )
     assert len(resources) == len(configs) + 1
     assert not [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
-    assert "C7510" not in log and "C7513" not in log
+    assert "serialized" not in log
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
@@ -59,7 +59,7 @@ def test_no_spills_for_some_tens_of_tokens(activation: str, group: int, target: 
     _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
     assert len(resources := parse_resources(log)) == len(configs)
     assert not [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
-    assert "C7510" not in log and "C7512" not in log
+    assert "serialized" not in log
 
 
 def test_ptx_for_the_driver() -> None:

@@ -76,8 +76,8 @@ def test_fused_products_do_not_spill(bits: int, target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 def test_digits_do_not_spill(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", 2)
-    for norm, gated in ((False, False), (True, True)):
-        spec = KernelSpec("bf16", 2, 0, target, norm=norm, gated=gated)
+    for norm, gated, group in ((False, False, 0), (True, True, 0), (True, True, 128)):
+        spec = KernelSpec("bf16", 2, group, target, norm=norm, gated=gated)
         configs = [choose(spec, n, 4096, m, 132).config for n in (4096, 22016) for m in (1, 2)]
         assert all(c.digits and c.tokens in (1, 2) for c in configs)
         source = render(spec, configs)
@@ -89,13 +89,14 @@ def test_digits_do_not_spill(target: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_where_digits_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select_config, "MOST_DIGIT_TOKENS", 2)
     ternary = KernelSpec("fp16", 2, 0, "sm_90a")
-    assert choose(ternary, 4096, 4096, 2, 132).config.digits
-    for spec, k, m in ((ternary, 4096, 3), (KernelSpec("fp16", 2, 128, "sm_90a"), 4096, 1),
+    for spec in (ternary, KernelSpec("fp16", 2, 128, "sm_80")):
+        assert choose(spec, 4096, 4096, 2, 132).config.digits
+    for spec, k, m in ((ternary, 4096, 3), (KernelSpec("fp16", 2, 64, "sm_90a"), 4096, 1),
                        (KernelSpec("fp16", 4, 0, "sm_90a"), 4096, 1), (ternary, 1 << 18, 1)):  # fmt: skip
         assert not choose(spec, 4096, k, m, 132).config.digits
     with pytest.raises(BackendError, match="digits are for stream kernels of one or two tokens"):
         GemmConfig(4, 1, 1, 8, 1, 3, "stream", digits=True)
-    with pytest.raises(BackendError, match="takes ternary weights with one scale per row"):
+    with pytest.raises(BackendError, match="takes ternary weights with one scale per row or 128 inputs"):
         render(KernelSpec("fp16", 4), [GemmConfig(1, 1, 1, 8, 1, 3, "stream", digits=True)])
 
 

@@ -33,10 +33,11 @@ BLOCKS = 3
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
     folder, made = tmp_path_factory.mktemp("on_host"), {}
 
-    def build(dtype: torch.dtype, config: GemmConfig, norm: bool, gated: bool) -> ctypes.CDLL:
+    def build(dtype: torch.dtype, config: GemmConfig, norm: bool, gated: bool, group: int = 0) -> ctypes.CDLL:
         macros = {
-            "TYPE": TYPES[dtype][0], "TOKENS": config.tokens, "WARPS": config.warps_k, "ROW_TILES": config.row_tiles,
-            "STAGES": config.stages, "NORM": str(norm).lower(), "GATED": str(gated).lower(),
+            "TYPE": TYPES[dtype][0], "GROUP": str(group), "TOKENS": config.tokens, "WARPS": config.warps_k,
+            "ROW_TILES": config.row_tiles, "STAGES": config.stages, "NORM": str(norm).lower(),
+            "GATED": str(gated).lower(),
         }  # fmt: skip
         key = tuple(macros.values())
         if key not in made:
@@ -61,12 +62,13 @@ def aligned(tensor: Tensor) -> Tensor:
 class Problem:
     """Random ternary weights and activations, and one launch on them."""
 
-    def __init__(self, rows: int, inputs: int, tokens: int, dtype: torch.dtype, seed: int = 0) -> None:
-        torch.manual_seed(seed)
+    def __init__(self, rows: int, inputs: int, tokens: int, dtype: torch.dtype, group: int = 0) -> None:
+        torch.manual_seed(0)
         codes = torch.randint(0, 3, (rows, inputs), dtype=torch.uint8)
-        scales = torch.rand(rows, 1) + 0.5
-        self.weight = (codes.double() - 1) * scales.double()
-        self.packed = to_kernel_layout(pack(codes, 2), scales, None, 2, 0, inputs)
+        scales = torch.rand(rows, -(-inputs // group) if group else 1) + 0.5
+        each = scales.double().repeat_interleave(group or inputs, 1)[:, :inputs]
+        self.weight = (codes.double() - 1) * each
+        self.packed = to_kernel_layout(pack(codes, 2), scales, None, 2, group, inputs)
         self.x, self.residual = (aligned(torch.randn(tokens, inputs).to(dtype)) for _ in range(2))
         self.norm_weight, self.bias = (
             aligned((torch.rand(inputs) + 0.5).to(dtype)),
@@ -87,7 +89,8 @@ class Problem:
         weights, (tokens, inputs) = self.packed, self.x.shape
         y = torch.full((tokens, weights.out_features // (2 if gated else 1)), torch.nan, dtype=self.x.dtype)
         plan = Plan(config, splits)
-        spec = KernelSpec(TYPES[self.x.dtype][0].lower(), 2, norm=norm, gated=gated)  # type: ignore[arg-type]
+        activation, group = TYPES[self.x.dtype][0].lower(), weights.group
+        spec = KernelSpec(activation, 2, group, norm=norm, gated=gated)  # type: ignore[arg-type]
         grid = plan.grid(tokens, weights.row_tiles, BLOCKS)
         shared = plan.shared_bytes(spec, tokens, weights.row_tiles, weights.chunks, BLOCKS)
         held = [self.x, weights.codes, weights.meta, weights.row_scale, weights.row_zero, self.bias, y]
@@ -101,7 +104,7 @@ class Problem:
             params.norm_weight, params.eps = self.norm_weight.data_ptr(), 1e-5
         if added:
             params.residual, params.total = self.residual.data_ptr(), self.total.data_ptr()
-        library = built(self.x.dtype, config, norm, gated)
+        library = built(self.x.dtype, config, norm, gated, group)
         assert library.run(ctypes.byref(params), ctypes.sizeof(params), *grid, shared, backwards) == 0
         assert not counters.any()
         return y
@@ -119,24 +122,26 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "inputs", "tokens", "row_tiles", "warps", "dtype"),
+    ("kind", "rows", "inputs", "tokens", "row_tiles", "warps", "dtype", "group"),
     [
-        ("plain", 96, 256, 1, 1, 2, torch.float16),
-        ("plain", 52, 1000, 2, 2, 4, torch.bfloat16),
-        ("norm", 48, 2304, 1, 1, 2, torch.float16),
-        ("added", 80, 136, 2, 4, 4, torch.float16),
-        ("gated", 208, 512, 1, 2, 4, torch.bfloat16),
-        ("all", 208, 1000, 2, 2, 4, torch.float16),
-        ("all", 96, 2304, 1, 4, 2, torch.bfloat16),
+        ("plain", 96, 256, 1, 1, 2, torch.float16, 0),
+        ("plain", 52, 1000, 2, 2, 4, torch.bfloat16, 0),
+        ("norm", 48, 2304, 1, 1, 2, torch.float16, 0),
+        ("added", 80, 136, 2, 4, 4, torch.float16, 0),
+        ("gated", 208, 512, 1, 2, 4, torch.bfloat16, 0),
+        ("all", 208, 1000, 2, 2, 4, torch.float16, 0),
+        ("all", 96, 2304, 1, 4, 2, torch.bfloat16, 0),
+        ("plain", 116, 1000, 1, 4, 2, torch.float16, 128),
+        ("all", 208, 1000, 2, 2, 4, torch.bfloat16, 128),
     ],
 )
 def test_against_float64(
     built: Callable[..., ctypes.CDLL], kind: str, rows: int, inputs: int, tokens: int, row_tiles: int, warps: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, group: int,
 ) -> None:  # fmt: skip
     norm, added, gated = kind in ("norm", "added", "all"), kind in ("added", "all"), kind in ("gated", "all")
     config = GemmConfig(tokens, 1, 1, warps, row_tiles, 3, "stream", digits=True)
-    problem = Problem(rows, inputs, tokens, dtype)
+    problem = Problem(rows, inputs, tokens, dtype, group)
     for backwards in (0, 1):
         got = problem.run(built, config, norm, added, gated, backwards)
         assert relative(got, problem.expected(norm, added, gated)) <= TYPES[dtype][1] * (1 + gated)
@@ -164,23 +169,23 @@ def test_fewer_tokens_than_the_kernel_takes(built: Callable[..., ctypes.CDLL]) -
         assert relative(y, problem.x.double() @ problem.weight.T) <= 1e-3
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_extreme_activations(built: Callable[..., ctypes.CDLL], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "group"), [(torch.float16, 0), (torch.bfloat16, 0), (torch.bfloat16, 128)])
+def test_extreme_activations(built: Callable[..., ctypes.CDLL], dtype: torch.dtype, group: int) -> None:
     """Each value meets +1, -1 and 0; the others are far smaller or of any size."""
     config = GemmConfig(2, 1, 1, 2, 1, 3, "stream", digits=True)
     info = torch.finfo(dtype)
+    step = info.smallest_normal * info.eps if group else 0.0  # scales of groups are rounded
     largest = 65504.0 if dtype is torch.float16 else 1e38
     for value in (largest, info.smallest_normal, 6e-8, -0.0, torch.inf, torch.nan):
         for others in (0.0, 1.0 if value < 1e38 or dtype is torch.float16 else 1e33):
-            problem = Problem(64, 256, 2, dtype)
+            problem = Problem(64, 256, 2, dtype, group)
             problem.x *= others
             problem.x[1, 33] = value
             problem.bias.zero_()
             got, expected = problem.run(built, config, False, False, False, 0), problem.expected(False, False, False)
-            torch.testing.assert_close(
-                got.double(), expected.to(dtype).double(), rtol=TYPES[dtype][1], atol=2e-3 * others, equal_nan=True
-            )
-    problem = Problem(64, 256, 2, dtype)
+            bounds = {"rtol": TYPES[dtype][1], "atol": 2e-3 * others + step}
+            torch.testing.assert_close(got.double(), expected.to(dtype).double(), **bounds, equal_nan=True)
+    problem = Problem(64, 256, 2, dtype, group)
     problem.x[0, 7] = torch.nan
     got, expected = (problem.run(built, config, True, False, False, 0), problem.expected(True, False, False))
     assert bool(got[0].isnan().all()) and relative(got[1], expected[1]) <= TYPES[dtype][1]

@@ -65,9 +65,9 @@ def cases(wgmma: bool) -> Iterator[Case]:
         layer = random_layer(299, 1187, bits, group)
         plans = STREAM + MMA + (WGMMA if asynchronous else [])
         if bits == 2 and not group:
-            plans += STREAM_DIGITS + TILE
+            plans += TILE
         if bits == 2 and group in (0, 128):
-            plans += DIGITS + (CLUSTER if hopper else []) + (WGMMA_TERNARY if asynchronous else [])
+            plans += STREAM_DIGITS + DIGITS + (CLUSTER if hopper else []) + (WGMMA_TERNARY if asynchronous else [])
         for plan in plans:
             if group and plan.config.kernel == "mma" and plan.config.tokens == 128:
                 plan = Plan(GemmConfig(128, 4, 2, 1, 1, 3), plan.splits)

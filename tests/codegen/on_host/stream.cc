@@ -1,10 +1,10 @@
-// One stream kernel on the host, as a function for ctypes. TYPE, TOKENS, WARPS, ROW_TILES, STAGES, NORM, GATED: macros.
+// One stream kernel on the host, as a function for ctypes. TYPE, GROUP, TOKENS, WARPS, ROW_TILES, STAGES, NORM, GATED: macros.
 #include "tsld/ptx.cuh"
 #define asm(...) static_assert(true)
 #include "tsld/gemm_stream.cuh"
 #undef asm
 
-using Config = tsld::StreamConfig<tsld::TYPE, 2, 0, TOKENS, WARPS, ROW_TILES, STAGES, NORM, GATED, true>;
+using Config = tsld::StreamConfig<tsld::TYPE, 2, GROUP, TOKENS, WARPS, ROW_TILES, STAGES, NORM, GATED, true>;
 
 static tsld::GemmParams params;
 static void* memory;

@@ -199,6 +199,11 @@ inline Vec16 load_shared16(u32 address) {
 }
 inline Vec16 load16_early(const void* p) { return *static_cast<const Vec16*>(p); }
 inline float power_of_two_of(float v) { return std::exp2(v); }
+inline u16 load_shared2(u32 address) {
+  u16 v;
+  std::memcpy(&v, host::shared_base + address, 2);
+  return v;
+}
 inline u32 xor_and(u32 a, u32 b, u32 c) { return (a ^ b) & c; }
 inline void ldmatrix_x4(u32 (&)[4], u32) { std::abort(); }
 inline void wait_for_previous_kernel() {}
@@ -207,22 +212,24 @@ inline void prefetch_l2(const void*) {}
 inline void store_float4_l2(float* p, const float (&v)[4]) { std::memcpy(p, v, 16); }
 inline void load_float4_l2(float (&v)[4], const float* p) { std::memcpy(v, p, 16); }
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k32", 8-bit types; bytes of a are unsigned.
-inline void mma_unsigned(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+// PTX ISA, "Matrix Fragments for mma.m16n8k32", 8-bit types.
+template <class A>
+inline void mma_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   u32 all_a[32][4], all_b[32][2];
   for (int r = 0; r < 6; ++r)
     host::exchange(r < 4 ? a[r] : r == 4 ? b0 : b1, [&](const uint64_t* all) {
       for (int i = 0; i < 32; ++i) (r < 4 ? all_a[i][r] : all_b[i][r - 4]) = static_cast<u32>(all[i]);
     });
   const int g = host::current->index % 32 / 4, t = host::current->index % 4;
-  const auto byte = [](u32 word, int i) { return static_cast<int>(static_cast<signed char>(word >> (8 * i))); };
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * t + i % 2;
     for (int k = 0; k < 32; ++k)
-      c[i] += (byte(all_a[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)], k % 4) & 0xFF) *
-              byte(all_b[column * 4 + k % 16 / 4][k / 16], k % 4);
+      c[i] += static_cast<A>(all_a[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)] >> k % 4 * 8) *
+              static_cast<signed char>(all_b[column * 4 + k % 16 / 4][k / 16] >> k % 4 * 8);
   }
 }
+inline void mma_unsigned(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bytes<u8>(c, a, b0, b1); }
+inline void mma_int8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bytes<signed char>(c, a, b0, b1); }
 
 struct Fp16 {
   using Out = Fp16;
