@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tsld_fx.lowbit_linear import LowBitLinear
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 CONTENDERS = ("torch float32", "torch bfloat16 prepacked", "a16", "int8", "add", "a16, bfloat16", "int8, bfloat16")
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000}

@@ -27,7 +27,7 @@ from torch import Tensor
 from tsld_fx.codegen.cpu.gemm import CpuGemm
 from tsld_fx.codegen.cpu.library import LEVELS, level
 from tsld_fx.packing import pack
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 CASES = ((4096, 14336, 1), (4096, 4096, 128), (4096, 4096, 512))
 ROTATION = 1.1e9  # bytes

@@ -32,7 +32,7 @@ from tsld_fx.decode import Decoder
 from tsld_fx.decode.options import Options
 from tsld_fx.decode.select import Selection
 from tsld_fx.lowbit_linear import LowBitLinear
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 PRODUCTS = {
     "q/k/v": (3 * HIDDEN, HIDDEN),

@@ -39,7 +39,7 @@ from tsld_fx.distributed.fsdp import FsdpEngine
 from tsld_fx.distributed.objective import fused_objective, head_loss
 from tsld_fx.distributed.pipeline import PipelineEngine
 from tsld_fx.distributed.ranks import Ranks
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 
 def adamw(parameters: Sequence[torch.nn.Parameter], device: torch.device) -> torch.optim.AdamW:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tsld_fx.codegen import LowBitGemm
 from tsld_fx.codegen.compiler import find_compiler
 from tsld_fx.codegen.layout import kernel_group
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 SHAPES = ((22016, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 16, 64, 256, 2048)

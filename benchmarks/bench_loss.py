@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tsld_fx import DistillConfig, losses
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 TSLD, LOGIT = DistillConfig("tsld"), DistillConfig("logit_gt")
 

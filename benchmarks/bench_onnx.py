@@ -66,7 +66,7 @@ def compare(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from tsld_fx.onnx.op_library import build_op_library
-    from tsld_fx.runs import write_json
+    from tsld_fx.whole_files import write_json
 
     report: dict[str, Any] = {
         "machine": describe(),

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tsld_fx import prepare
 from tsld_fx.capture import capture
 from tsld_fx.passes.runner import PassTrace
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 
 def llama(hidden: int, layers: int) -> LlamaForCausalLM:

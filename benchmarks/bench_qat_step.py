@@ -31,8 +31,8 @@ from tsld_fx import DistillConfig, QuantConfig, losses, prepare
 from tsld_fx.fused_loss import HeadLoss, objective_of
 from tsld_fx.headless import without_head
 from tsld_fx.preparation import graph_model
-from tsld_fx.runs import write_json
 from tsld_fx.weight_cache import WeightCache
+from tsld_fx.whole_files import write_json
 
 
 class Run:

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tsld_fx
 import tsld_fx.relax
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.relax.bare_python import bare, bare_environment

@@ -14,7 +14,7 @@ from pathlib import Path
 from machine import ROOT, describe
 
 from tsld_fx.demo.run import run_demo
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 
 def main() -> None:

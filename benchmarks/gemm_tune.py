@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from gemm_timing import microseconds_per_call, rotation
 
+from tsld_fx.codegen.build import build_kernel
 from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.cuda_gemm import LowBitGemm, build_kernel
+from tsld_fx.codegen.cuda_gemm import LowBitGemm
 from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
 from tsld_fx.codegen.select_config import Plan, resident_blocks, whole_splits
 from tsld_fx.codegen.spec import KernelSpec, Quantised

@@ -36,7 +36,7 @@ def describe() -> dict[str, Any]:
 @contextlib.contextmanager
 def updating(file: Path) -> Iterator[dict[str, Any]]:
     """What a results file holds (nothing yet: an empty dict), to be changed; written whole, one process at a time."""
-    from tsld_fx.runs import write_json
+    from tsld_fx.whole_files import write_json
 
     lock = os.open(file.parent, os.O_RDONLY)
     try:

@@ -31,7 +31,7 @@ def main() -> None:
     from machine import describe
 
     import tsld_fx
-    from tsld_fx.runs import write_json
+    from tsld_fx.whole_files import write_json
 
     lowered = lowered_model("llama-1.1b", 2, args.vocabulary)
     before, started = peak(), time.perf_counter()

@@ -22,7 +22,7 @@ from machine import ROOT, describe
 from transformers import AutoModelForCausalLM
 
 import tsld_fx
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 
 def step_of(kind: str, folder: str, batch: int, tokens: int) -> Callable[[], None]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from tsld_fx.codegen import workspace
-from tsld_fx.codegen.cache import KernelCache
-from tsld_fx.codegen.compiler import KernelBuildError, find_compiler
-from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel, tensor_map
+from tsld_fx.codegen.build import loaded_kernel
+from tsld_fx.codegen.devices import cuda_device, device_facts
+from tsld_fx.codegen.driver import LoadedKernel, ensure_context, tensor_map
 from tsld_fx.codegen.layout import KernelWeights, to_kernel_layout
 from tsld_fx.codegen.quantise import quantise_tokens
-from tsld_fx.codegen.render import kernel_name, render
 from tsld_fx.codegen.select_config import Plan, choose, whole_splits
 from tsld_fx.codegen.spec import Activation, KernelSpec, Quantised
 from tsld_fx.errors import BackendError
@@ -38,56 +35,6 @@ class GemmParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x_scale", "norm_weight", "residual", "total")),
         ("eps", ctypes.c_float),
     ]
-
-
-def build_kernel(spec: KernelSpec, config: GemmConfig) -> tuple[bytes, str]:
-    """-> (cubin or PTX, compiler log), from the cache or built now. Needs no GPU."""
-    source = render(spec, [config])
-    try:
-        return KernelCache.default().get_or_build(source, spec.target, find_compiler())
-    except KernelBuildError as error:
-        raise KernelBuildError(
-            f"Building the CUDA kernel for {spec} with {config} failed.\n{error}\n"
-            "If the compiler is older than CUDA 12 or does not know this GPU, install a newer toolkit (CUDA_HOME, "
-            "TSLD_NVCC); otherwise report this message, and use backend='reference' meanwhile."
-        ) from error
-
-
-@lru_cache(maxsize=512)
-def _kernel(spec: KernelSpec, config: GemmConfig, device: int) -> LoadedKernel:
-    ensure_context(device)
-    binary, _ = build_kernel(spec, config)
-    kernel = load_kernel(binary, kernel_name(spec, config), config.threads)
-    kernel.allow_shared(shared_limit(spec.capability) if config.walks else config.shared_bytes(spec), device)
-    return kernel
-
-
-@lru_cache(maxsize=64)
-def device_facts(index: int) -> tuple[str, int]:
-    """-> (target to build for, number of multiprocessors). Raises for devices that no kernel serves."""
-    properties = torch.cuda.get_device_properties(index)
-    capability = properties.major * 10 + properties.minor
-    if capability < 80:
-        raise BackendError(
-            f"cuda:{index} ({properties.name}) has compute capability {properties.major}.{properties.minor}; the "
-            "low-bit kernels need 8.0 (A100) or later. Use backend='reference' on this GPU."
-        )
-    return ("sm_90a" if capability == 90 else f"sm_{capability}"), properties.multi_processor_count
-
-
-def _cuda_device(device: torch.device | str | int) -> torch.device:
-    if not torch.cuda.is_available():
-        raise BackendError(
-            "backend='cuda' needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False here. "
-            "Install a CUDA build of torch and a driver, or use backend='reference'."
-        )
-    found = torch.device(device)
-    if found.type != "cuda":
-        raise BackendError(f"The CUDA kernels cannot hold weights on {found}. Pass device='cuda'.")
-    index = torch.cuda.current_device() if found.index is None else found.index
-    if index >= torch.cuda.device_count():
-        raise BackendError(f"There is no cuda:{index} here; torch sees {torch.cuda.device_count()} device(s).")
-    return torch.device("cuda", index)
 
 
 @dataclass(frozen=True)
@@ -131,7 +78,7 @@ class LowBitGemm:
         target: str | None = None,
     ) -> LowBitGemm:
         """Take one layer in the canonical packed format (see `layout`) to `device`, in kernel layout."""
-        where = _cuda_device(device)
+        where = cuda_device(device)
         device_facts(where.index)
         try:
             parts = [None if t is None else t.detach().to(where) for t in (packed, scales, zeros)]
@@ -258,7 +205,7 @@ class LowBitGemm:
         if chosen.splits > 1 and chosen.config.digits:
             raise BackendError(f"{chosen}: kernels over digits of x add up all inputs in one block; use splits=1.")
         made = _Prepared(
-            chosen, spec, _kernel(spec, chosen.config, self.device.index), chosen.grid(m, tiles, chip),
+            chosen, spec, loaded_kernel(spec, chosen.config, self.device.index), chosen.grid(m, tiles, chip),
             chosen.shared_bytes(spec, m, tiles, self.weights.chunks, chip),
             chosen.partial_floats(m, tiles) if chosen.splits > 1 else 0,
         )  # fmt: skip

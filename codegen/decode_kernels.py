@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import find_compiler
-from tsld_fx.codegen.cuda_gemm import device_facts
+from tsld_fx.codegen.devices import device_facts
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
 from tsld_fx.codegen.render import environment
 

@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tsld_fx.codegen.build import build_kernel
 from tsld_fx.codegen.compiler import KernelBuildError, find_compiler
 from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.cuda_gemm import GemmParams, build_kernel
+from tsld_fx.codegen.cuda_gemm import GemmParams
 from tsld_fx.codegen.render import environment, kernel_name
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import CHUNK, TILE_ROWS, KernelSpec

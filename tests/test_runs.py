@@ -15,7 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tests.tiny_runs import files_under
 from tsld_fx.errors import CheckpointError
-from tsld_fx.runs import MetricsFile, RunFolder, mark_whole, read_metrics, whole_folder, write_json, write_whole
+from tsld_fx.runs import MetricsFile, RunFolder, mark_whole, read_metrics
+from tsld_fx.whole_files import whole_folder, write_json, write_whole
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.models import build
 from tests.tiny_runs import Recorder, arguments, random_rows
 from tsld_fx import DistillConfig, TSLDTrainer, prepare
-from tsld_fx.runs import write_json
+from tsld_fx.whole_files import write_json
 
 
 def run(folder: Path, batch_size: int) -> None:

@@ -18,8 +18,9 @@ from tsld_fx.errors import CheckpointError, ConfigError, TrainingError
 from tsld_fx.plots import plot_comparison
 from tsld_fx.post_training_runs import BaselineSettings, evaluate_baseline
 from tsld_fx.recipes import train
-from tsld_fx.runs import check_folder, read_metrics, write_json, write_whole
+from tsld_fx.runs import read_metrics
 from tsld_fx.settings import RunSettings, check_keys
+from tsld_fx.whole_files import check_folder, write_json, write_whole
 
 _TAKEN = ("teacher", "no training", "table.json", "perplexity.png")  # other rows, other files
 

@@ -24,7 +24,7 @@ from tsld_fx.passes.pipelines import convert_pipeline
 from tsld_fx.passes.runner import Listener, run_passes
 from tsld_fx.prepared import PreparedModel
 from tsld_fx.prepared_inputs import check_ids, check_length, check_tokens
-from tsld_fx.runs import check_folder
+from tsld_fx.whole_files import check_folder
 
 if TYPE_CHECKING:
     from tsld_fx.decode import Decoder

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tsld_fx.errors import CheckpointError
-from tsld_fx.runs import write_whole
+from tsld_fx.whole_files import write_whole
 
 CARD = "README.md"
 _MARKER = "<!-- Written by tsld_fx; take this line out to keep your own text when the model is saved again. -->"

@@ -19,8 +19,8 @@ from tsld_fx.lowered import LoweredModel, convert
 from tsld_fx.model_card import write_card
 from tsld_fx.preparation import load_prepared, prepare
 from tsld_fx.prepared import PreparedModel
-from tsld_fx.runs import check_folder, whole_folder
 from tsld_fx.text_data import DEMO
+from tsld_fx.whole_files import check_folder, whole_folder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -18,8 +18,9 @@ from tsld_fx.errors import ConfigError, DataError
 from tsld_fx.model_folders import check_window, load_float, load_tokenizer
 from tsld_fx.preparation import prepare
 from tsld_fx.recipes import device_of, evaluate, open_data
-from tsld_fx.runs import RunFolder, whole_folder
+from tsld_fx.runs import RunFolder
 from tsld_fx.settings import RunSettings, check_keys
+from tsld_fx.whole_files import whole_folder
 
 METHODS = ("rtn", "gptq", "awq")
 _OWN = ("method", "quant", "float_bits", "group_size", "samples", "seed")

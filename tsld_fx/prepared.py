@@ -28,7 +28,7 @@ from tsld_fx.passes.set_dropout import SetDropout
 from tsld_fx.passes.split_off_head import SplitOffHead
 from tsld_fx.prepared_inputs import check_inputs
 from tsld_fx.prepared_state import Ending, GraphState, HeadInput, PreparedOutput, ending_name
-from tsld_fx.runs import check_folder
+from tsld_fx.whole_files import check_folder
 
 LEARNED_LEAVES = ("weight_scale", "weight_clip")
 

@@ -19,12 +19,13 @@ from tsld_fx.perplexity import check_stream, perplexity
 from tsld_fx.plots import plot_run
 from tsld_fx.preparation import prepare
 from tsld_fx.progress import RichProgress
-from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
+from tsld_fx.runs import MetricsFile, RunFolder, read_metrics
 from tsld_fx.settings import TRAINING_DEFAULTS, RunSettings
 from tsld_fx.task_data import holds_tasks
 from tsld_fx.task_score import TaskRun
 from tsld_fx.text_data import TokenBlocks, read_documents, tokenize
 from tsld_fx.trainer import TSLDTrainer, WholeCheckpointTrainer, check_teacher
+from tsld_fx.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 

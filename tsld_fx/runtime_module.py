@@ -28,9 +28,9 @@ from tsld_fx.backends import move
 from tsld_fx.errors import BackendError, CheckpointError, ConfigError
 from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.lowered import _OWN, LoweredModel, _as_lowered, _clone
-from tsld_fx.runs import whole_folder
 from tsld_fx.runtime_linear import RuntimeLinear, open_library
 from tsld_fx.runtime_quantizer import TsldRuntimeConfig, TsldRuntimeQuantizer
+from tsld_fx.whole_files import whole_folder
 
 FORMAT, FORMAT_VERSION = "tsld_fx runtime module", 1
 MANIFEST, LIBRARY = "manifest.json", "kernels.so"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tsld_fx.errors import CheckpointError, ConfigError, DataError
-from tsld_fx.runs import check_folder, whole_folder, write_json
+from tsld_fx.whole_files import check_folder, whole_folder, write_json
 
 VERSION = 2
 KINDS = ("token_scores", "hidden_states", "top_logits")

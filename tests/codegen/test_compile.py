@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tsld_fx.codegen.build import build_kernel
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import KernelBuildError, Nvrtc, find_compiler, parse_resources
 from tsld_fx.codegen.config import GemmConfig
-from tsld_fx.codegen.cuda_gemm import build_kernel
 from tsld_fx.codegen.render import kernel_name, render, render_quantise
 from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
@@ -87,7 +87,7 @@ def test_build_is_cached(cache_folder) -> None:
 
 
 def test_build_failure_says_what_where_and_how_to_mend(cache_folder, monkeypatch) -> None:
-    monkeypatch.setattr("tsld_fx.codegen.cuda_gemm.render", lambda spec, configs: "#error broken on purpose\n")
+    monkeypatch.setattr("tsld_fx.codegen.build.render", lambda spec, configs: "#error broken on purpose\n")
     config = GemmConfig(1, 1, 1, 8, 1, 4)
     with pytest.raises(BackendError) as failure:
         build_kernel(KernelSpec("fp16", 2), config)

@@ -29,7 +29,7 @@ class Notebook:
 def gemm(monkeypatch: pytest.MonkeyPatch) -> tuple[LowBitGemm, Notebook]:
     notebook, stream = Notebook(), SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(cuda_gemm, "device_facts", lambda index: ("sm_90a", 132))
-    monkeypatch.setattr(cuda_gemm, "_kernel", lambda *key: notebook)
+    monkeypatch.setattr(cuda_gemm, "loaded_kernel", lambda *key: notebook)
     monkeypatch.setattr(cuda_gemm, "ensure_context", lambda index: None)
     monkeypatch.setattr(cuda_gemm, "tensor_map", lambda *_: cuda_gemm.GemmParams())
     buffers = torch.zeros(1 << 20), torch.zeros(2048, dtype=torch.int32)

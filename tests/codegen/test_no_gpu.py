@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tsld_fx.codegen import LowBitGemm
-from tsld_fx.codegen.cuda_gemm import device_facts
+from tsld_fx.codegen.devices import device_facts
 from tsld_fx.errors import BackendError
 
 

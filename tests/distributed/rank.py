@@ -21,7 +21,8 @@ from tsld_fx.distributed import DistributedTrainer, ParallelConfig
 from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.errors import TsldError
 from tsld_fx.preparation import graph_model
-from tsld_fx.runs import last_whole_checkpoint, write_json
+from tsld_fx.runs import last_whole_checkpoint
+from tsld_fx.whole_files import write_json
 
 TRAINING = {"max_steps": 3, "per_device_train_batch_size": 2, "optim": "sgd", "learning_rate": 0.1}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

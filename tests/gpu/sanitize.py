@@ -21,8 +21,9 @@ import torch
 
 from tests.gpu.conftest import Layer, random_layer
 from tsld_fx.codegen import LowBitGemm
+from tsld_fx.codegen.build import build_kernel
 from tsld_fx.codegen.config import GemmConfig
-from tsld_fx.codegen.cuda_gemm import build_kernel, device_facts
+from tsld_fx.codegen.devices import device_facts
 from tsld_fx.codegen.select_config import Plan
 from tsld_fx.codegen.spec import KernelSpec
 

@@ -6,38 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.gpu.numerics import TOKENS, TOLERANCE, check, relative_error
 from tsld_fx.codegen import LowBitGemm
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.select_config import Plan, whole_splits
 from tsld_fx.errors import BackendError
 
 pytestmark = pytest.mark.gpu
-
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-TOKENS = (1, 2, 7, 16, 17, 64, 127, 2048)
-
-
-def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Leave NaN in the block that the allocator hands out next for an output of this size."""
-    torch.full(shape, float("nan"), dtype=dtype, device="cuda")
-
-
-def relative_error(y: Tensor, expected: Tensor) -> float:
-    scale = expected.norm()
-    return float((y.double() - expected).norm() / torch.where(scale > 0, scale, 1.0))
-
-
-def check(gemm: LowBitGemm, weight: Tensor, m: int, dtype: torch.dtype, plan: Plan | None = None) -> None:
-    x = torch.randn(m, weight.shape[1], dtype=dtype, device="cuda")
-    bias = torch.randn(weight.shape[0], dtype=dtype, device="cuda") if m % 2 else None
-    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
-    poison((m, weight.shape[0]), dtype)
-    y = gemm(x, bias, plan=plan)
-    assert y.dtype == dtype and y.shape == expected.shape
-    error = relative_error(y, expected)
-    assert error <= TOLERANCE[dtype], f"m={m}: relative error {error:.2e}"  # NaN fails too
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -217,57 +193,6 @@ def test_bad_input_is_refused_before_any_launch(make_layer) -> None:
         LowBitGemm.pack(*layer.arguments(), device="cpu")
 
 
-def quantised_like_the_kernel(x: Tensor, kind: str) -> Tensor:
-    """float64 of what the kernel multiplies: one scale per token, ties to even."""
-    largest = x.float().abs().amax(dim=1, keepdim=True)
-    if kind == "int8":
-        values = (x.float() * (127.0 / largest)).round()
-        return values.double() * (largest / 127.0).double()
-    values = (x.float() * (448.0 / largest)).to(torch.float8_e4m3fn)
-    return values.double() * (largest / 448.0).double()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize(("n", "k"), [(264, 1056), (17, 129), (37, 4099), (130, 11008), (4096, 4096)])
-def test_quantised_activations(make_layer, kind, dtype, n, k) -> None:
-    layer = make_layer(n, k, 2, 0)
-    gemm = LowBitGemm.pack(*layer.arguments())
-    for m in TOKENS:
-        x = torch.randn(m, k, dtype=dtype, device="cuda") * torch.logspace(-2, 2, m, device="cuda")[:, None].to(dtype)
-        bias = torch.randn(n, dtype=dtype, device="cuda") if m % 2 else None
-        poison((m, n), dtype)
-        y = gemm(x, bias, quantise=kind)
-        expected = quantised_like_the_kernel(x, kind) @ layer.weight.T + (0 if bias is None else bias.double())
-        loose = 4.0 if kind == "fp8" else 1.0  # the tensor cores keep fewer bits of fp8 sums
-        assert relative_error(y, expected) <= loose * TOLERANCE[dtype], m
-
-
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_quantised_activations_at_the_extremes(make_layer, kind) -> None:
-    layer = make_layer(64, 512, 2, 0)
-    gemm = LowBitGemm.pack(*layer.arguments())
-    x = torch.randn(40, 512, dtype=torch.float16, device="cuda")
-    x[3, 7], x[4, 8], x[5], x[6, :] = float("inf"), float("nan"), 0.0, 6e-8
-    x[7, 0] = 65504.0
-    y = gemm(x, quantise=kind)
-    assert y[3:5].isnan().all() and not y[5].any()
-    fine = [i for i in range(40) if i not in (3, 4, 5)]
-    expected = quantised_like_the_kernel(x[fine], kind) @ layer.weight.T
-    assert relative_error(y[fine], expected) <= 4e-3
-    assert torch.equal(y[8:], gemm(x[8:], quantise=kind)), "a token depends on its neighbours"
-
-
-def test_quantised_activations_with_splits_are_exact_sums(make_layer) -> None:
-    layer = make_layer(200, 2100, 2, 0)
-    gemm = LowBitGemm.pack(*layer.arguments())
-    x = torch.randn(70, 2100, dtype=torch.float16, device="cuda")
-    for tokens in (16, 32, 64, 128, 256):
-        config = GemmConfig(tokens, 4, 1, 1, 1, 3, "wgmma")
-        whole = gemm(x, quantise="int8", plan=Plan(config))
-        assert torch.equal(whole, gemm(x, quantise="int8", plan=Plan(config, 3))), "integer sums have no order"
-
-
 def test_wgmma_with_sixteen_tokens(make_layer) -> None:
     layer = make_layer(300, 1100, 2, 0)
     gemm = LowBitGemm.pack(*layer.arguments())
@@ -296,12 +221,6 @@ def test_wgmma_with_clusters_and_buffers_for_weights(make_layer, n, k, group_siz
             check(gemm, layer.weight, m, dtype, plan)
         x = torch.randn(tokens, k, dtype=dtype, device="cuda")
         assert torch.equal(gemm(x, plan=plan), gemm(x, plan=plan))
-
-
-def test_four_bit_weights_refuse_quantised_activations(make_layer) -> None:
-    gemm = LowBitGemm.pack(*make_layer(64, 256, 4, 0).arguments())
-    with pytest.raises(BackendError, match="only for ternary"):
-        gemm(torch.randn(3, 256, dtype=torch.float16, device="cuda"), quantise="int8")
 
 
 def digits_plans(gemm: LowBitGemm, target: str | None) -> list[Plan]:

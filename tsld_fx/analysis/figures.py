@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from tsld_fx.plots import pyplot, save_figure
-from tsld_fx.runs import write_whole
+from tsld_fx.whole_files import write_whole
 
 Points = tuple[Sequence[float], Sequence[float]]
 

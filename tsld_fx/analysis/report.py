@@ -20,7 +20,7 @@ from tsld_fx.analysis.figures import Figure, Lines, Maps, draw_png, has_plotly, 
 from tsld_fx.analysis.tokens import TokenTable, rank_correlation, token_table
 from tsld_fx.errors import AnalysisError, ConfigError, DataError
 from tsld_fx.perplexity import check_stream
-from tsld_fx.runs import whole_folder, write_json, write_whole
+from tsld_fx.whole_files import whole_folder, write_json, write_whole
 
 DOTS = 3000  # tokens drawn as dots; the table has all of them
 

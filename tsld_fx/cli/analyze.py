@@ -40,8 +40,8 @@ def analyze(
     from tsld_fx.errors import CheckpointError, ConfigError
     from tsld_fx.model_folders import check_window, load_any, load_tokenizer
     from tsld_fx.preparation import prepare
-    from tsld_fx.runs import check_folder
     from tsld_fx.text_data import DEMO, read_documents, tokenize
+    from tsld_fx.whole_files import check_folder
 
     check_folder(out)
     if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").is_file() and not force:

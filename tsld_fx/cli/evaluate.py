@@ -76,7 +76,7 @@ def evaluate(
     from tsld_fx.evaluation.tasks import check_lm_eval, load_tasks
     from tsld_fx.model_card import add_scores, check_card
     from tsld_fx.model_folders import check_device, load_any, load_tokenizer
-    from tsld_fx.runs import check_file, write_json
+    from tsld_fx.whole_files import check_file, write_json
 
     check_lm_eval()
     check_options(limit, shots, batch_size, max_new_tokens)

@@ -93,8 +93,8 @@ def _scratch(model: Any, batch: int, length: int) -> int:
     device = model.device
     if device.type != "cuda":
         return 0
-    from tsld_fx.codegen.cuda_gemm import device_facts
     from tsld_fx.codegen.decode_kernels import scratch_floats
+    from tsld_fx.codegen.devices import device_facts
 
     config = model.config.get_text_config()
     heads = config.num_attention_heads

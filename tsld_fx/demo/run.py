@@ -24,9 +24,9 @@ from tsld_fx.plots import plot_bars
 from tsld_fx.preparation import load_prepared, prepare
 from tsld_fx.prepared import PreparedModel
 from tsld_fx.recipes import train
-from tsld_fx.runs import whole_folder, write_json
 from tsld_fx.settings import DataSettings, RunSettings, read_yaml
 from tsld_fx.text_data import DEMO, read_documents, tokenize
+from tsld_fx.whole_files import whole_folder, write_json
 
 BLOCK = 256  # tokens
 BATCH = 8  # sequences per step

@@ -15,9 +15,10 @@ from tsld_fx.errors import ConfigError
 from tsld_fx.plots import plot_run
 from tsld_fx.progress import RichProgress
 from tsld_fx.recipes import load_run
-from tsld_fx.runs import MetricsFile, RunFolder, read_metrics, whole_folder
+from tsld_fx.runs import MetricsFile, RunFolder, read_metrics
 from tsld_fx.settings import RunSettings
 from tsld_fx.task_data import holds_tasks
+from tsld_fx.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from tsld_fx.distributed.ranks import Ranks
 from tsld_fx.errors import CheckpointError, TrainingError
 from tsld_fx.prepared import PreparedModel
 from tsld_fx.quantizers import all_finite
-from tsld_fx.runs import last_whole_checkpoint, mark_whole, unmark_whole, write_json
+from tsld_fx.runs import last_whole_checkpoint, mark_whole, unmark_whole
+from tsld_fx.whole_files import write_json
 
 
 class SavedRun:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tsld_fx.errors import BackendError, ConfigError
 from tsld_fx.relax.run import FORMAT, installed_library
 from tsld_fx.relax.tvm_import import check_tvm
-from tsld_fx.runs import whole_folder
+from tsld_fx.whole_files import whole_folder
 
 _ALIGN = 64
 RUNTIME_LIBRARIES = {"llvm": ("libtvm_runtime.so",), "cuda": ("libtvm_runtime.so", "libtvm_runtime_cuda.so")}
