@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step at LLaMA-1B shape: QAT against plain distillation, TSLD against L2L.
+r"""Time and peak memory of a training step at LLaMA-1B shape: QAT against plain distillation, TSLD against L2L.
 
     python benchmarks/bench_qat_step.py               # needs a CUDA GPU; --layers, --hidden ... for other shapes
 
@@ -7,7 +7,8 @@ random weights of meta-llama/Llama-3.2-1B's shape. `kd`: the same graph without 
 weights; each eager and compiled; `logit`, `plain logits`, `accumulate` and `l2l` vary one thing. Writes
 benchmarks/results/qat_step_<gpu>.json after every row. Rows that differ by a few percent are told apart in turn:
 
-    python benchmarks/bench_qat_step.py --in-turn --rows "qat compiled, logit;qat compiled" --out runs/qat_in_turn.json
+    python benchmarks/bench_qat_step.py --in-turn --repeats 15 --steps 5 \
+        --rows "qat compiled, logit;qat compiled;kd compiled" --out benchmarks/results/qat_in_turn_h200.json
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tsld_fx.errors import CheckpointError
+from tsld_fx.whole_files import file_sha256
 
 
 def digests(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -16,12 +16,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     data = settings.get("data")
     splits = data if isinstance(data, Mapping) else {}
     names = [name for split in ("train", "validation", "test") for name in splits.get(split) or ()]
-    found = {}
-    for name in dict.fromkeys(names):
-        if Path(name).is_file():
-            with Path(name).open("rb") as stream:
-                found[name] = hashlib.sha256(stream.read()).hexdigest()
-    return found
+    return {name: file_sha256(name) for name in dict.fromkeys(names) if Path(name).is_file()}
 
 
 def check_same_text(record: Path, settings: Mapping[str, Any]) -> None:

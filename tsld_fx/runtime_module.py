@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import warnings
@@ -30,7 +29,7 @@ from tsld_fx.lowbit_linear import LowBitLinear
 from tsld_fx.lowered import _OWN, LoweredModel, _as_lowered, _clone
 from tsld_fx.runtime_linear import RuntimeLinear, open_library
 from tsld_fx.runtime_quantizer import TsldRuntimeConfig, TsldRuntimeQuantizer
-from tsld_fx.whole_files import whole_folder
+from tsld_fx.whole_files import file_sha256, whole_folder
 
 FORMAT, FORMAT_VERSION = "tsld_fx runtime module", 1
 MANIFEST, LIBRARY = "manifest.json", "kernels.so"
@@ -133,11 +132,7 @@ def _spec(spec: Any) -> dict[str, Any]:
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _check_build(

@@ -1,10 +1,11 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and whether a file is still what it was."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,15 @@ def write_whole(file: str | Path, text: str) -> None:
 def write_json(file: str | Path, data: Any) -> None:
     """Write data as indented JSON, whole or not at all."""
     write_whole(file, json.dumps(data, indent=2) + "\n")
+
+
+def file_sha256(file: str | Path) -> str:
+    """SHA-256 of a file's content in hexadecimal, however large it is."""
+    digest = hashlib.sha256()
+    with Path(file).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_file(file: str | Path) -> None:

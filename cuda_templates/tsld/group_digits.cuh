@@ -23,12 +23,9 @@ struct GroupDigitSums {
 template <class C>
 __device__ __forceinline__ void multiply_digits(GroupDigitSums<C>& sums, u32 x, u32 weights) {
   using Layout = DigitLayout<C::kTokens>;
-  const int lane = threadIdx.x % 32;
-  const u32 mine = x + lane % (4 * Layout::kColumns) * 16;  // columns past the last repeat the others: never stored
+  const u32 mine = lane_columns<C>(x);
   Vec16 codes[C::kRowTiles];
-#pragma unroll
-  for (int rt = 0; rt < C::kRowTiles; ++rt)
-    codes[rt] = load_shared16(weights + rt * C::Weights::kBytes + lane * 16);
+  load_codes<C>(codes, weights);
   float scale[C::kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < C::kRowTiles; ++rt) load_group_scales<C>(scale[rt], weights + C::kRowTiles * C::Weights::kBytes + rt * C::Meta::kBytes, 0);

@@ -58,19 +58,30 @@ __device__ __forceinline__ u32 codes_at(u32 word) {
   return xor_and(word, 0xAAAAAAAAu, 0xC0C0C0C0u >> 2 * kPlace);
 }
 
+// Where a lane reads digits of a chunk at `x`. Columns past the last repeat the others: never stored.
+template <class C>
+__device__ __forceinline__ u32 lane_columns(u32 x) {
+  return x + threadIdx.x % 32 % (4 * DigitLayout<C::kTokens>::kColumns) * 16;
+}
+
+// A lane's codes of the row tiles of a chunk.
+template <class C>
+__device__ __forceinline__ void load_codes(Vec16 (&codes)[C::kRowTiles], u32 weights) {
+#pragma unroll
+  for (int rt = 0; rt < C::kRowTiles; ++rt)
+    codes[rt] = load_shared16(weights + rt * C::Weights::kBytes + threadIdx.x % 32 * 16);
+}
+
 // of[rt][nt] += codes of row tile rt x digits of tokens 2*nt, 2*nt+1, over 128 inputs; twice[nt] += 2 x the digits. x: shared address of the chunk.
 template <class C>
 __device__ __forceinline__ void multiply_digits(DigitSums<C>& sums, u32 x, u32 weights) {
   auto& acc = sums.of;
   auto& twice = sums.twice;
   using Layout = DigitLayout<C::kTokens>;
-  const int lane = threadIdx.x % 32;
-  const u32 mine = x + lane % (4 * Layout::kColumns) * 16;  // columns past the last repeat the others: never stored
+  const u32 mine = lane_columns<C>(x);
   const u32 two[4] = {0x02020202u, 0x02020202u, 0x02020202u, 0x02020202u};
   Vec16 codes[C::kRowTiles];
-#pragma unroll
-  for (int rt = 0; rt < C::kRowTiles; ++rt)
-    codes[rt] = load_shared16(weights + rt * C::Weights::kBytes + lane * 16);
+  load_codes<C>(codes, weights);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Vec16 b[C::kTokenTiles];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import Tensor
 from tsld_fx.errors import BackendError, ConfigError
 from tsld_fx.relax.run import FORMAT, installed_library
 from tsld_fx.relax.tvm_import import check_tvm
-from tsld_fx.whole_files import whole_folder
+from tsld_fx.whole_files import file_sha256, whole_folder
 
 _ALIGN = 64
 RUNTIME_LIBRARIES = {"llvm": ("libtvm_runtime.so",), "cuda": ("libtvm_runtime.so", "libtvm_runtime_cuda.so")}
@@ -104,7 +103,7 @@ def _library(name: str) -> Path:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
