@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tsld_fx.codegen import workspace
+from tsld_fx.codegen.activations import QuantisedActivations, aligned_rows, check_inputs
 from tsld_fx.codegen.build import loaded_kernel
 from tsld_fx.codegen.devices import cuda_device, device_facts
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, tensor_map
@@ -21,7 +24,6 @@ from tsld_fx.errors import BackendError
 
 QUANTISED_TOKENS = 1024  # from so many tokens on, rounding activations to 8 bits is faster than not (docs/cuda.md)
 _KEPT = 512  # numbers of tokens whose launches are kept prepared, per layer
-_ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class GemmParams(ctypes.Structure):
@@ -101,28 +103,6 @@ class LowBitGemm:
         serves = self.weights.bits == 2 and not self.weights.group and self.spec("fp16").hopper
         self.rounding = next((kind for kind in get_args(Quantised) if serves and kind == mode), None)
 
-    def _check(self, x: Tensor, bias: Tensor | None) -> Activation:
-        if x.device != self.device:
-            raise BackendError(
-                f"x is on {x.device}, the weights are on {self.device}. Move x with x.to('{self.device}')."
-            )
-        if x.dtype not in _ACTIVATIONS:
-            raise BackendError(
-                f"No CUDA kernel takes {x.dtype} activations. Cast x to torch.float16 or torch.bfloat16."
-            )
-        if x.dim() < 1 or x.shape[-1] != self.weights.in_features:
-            raise BackendError(
-                f"x has shape {list(x.shape)}; its last dimension must be in_features={self.weights.in_features}."
-            )
-        if bias is not None and (
-            bias.shape != (self.weights.out_features,) or bias.dtype != x.dtype or bias.device != self.device
-        ):
-            raise BackendError(
-                f"bias must be {x.dtype} [{self.weights.out_features}] on {self.device}; got {bias.dtype} "
-                f"{list(bias.shape)} on {bias.device}. Cast or move it."
-            )
-        return _ACTIVATIONS[x.dtype]
-
     def plan(self, m: int, activation: Activation = "fp16", quantise: Quantised | None = None) -> Plan:
         """The configuration that a call with `m` tokens runs."""
         weights = self.weights
@@ -134,9 +114,19 @@ class LowBitGemm:
         """What a call with such activations computes."""
         return KernelSpec(activation, self.weights.bits, self.weights.group, self._target, quantise)
 
+    def quantise(self, x: Tensor, kind: Quantised) -> QuantisedActivations:
+        """x [..., in_features] rounded to 8 bits (`int8`, `fp8`), for calls of this layer and of others that take the
+        same inputs: `gemm(gemm.quantise(x, kind))` has the bits of `gemm(x, quantise=kind)`.
+
+        One scale per token: its largest magnitude over 127 (int8) or 448 (fp8). On the current stream.
+        """
+        activation = check_inputs(x, None, kind, self.weights, self.device)
+        with self._current_device():
+            return quantise_tokens(x, self.spec(activation, kind))
+
     def __call__(
         self,
-        x: Tensor,
+        x: Tensor | QuantisedActivations,
         bias: Tensor | None = None,
         *,
         plan: Plan | None = None,
@@ -145,41 +135,39 @@ class LowBitGemm:
     ) -> Tensor:
         """x [..., in_features] -> [..., out_features], on the current stream; any strides, any number of tokens.
 
-        plan: run this configuration instead of the chosen one (tuning). overlap: False launches without overlap with
-        the kernel before (see `LoadedKernel.launch`); otherwise Hopper and later overlap. quantise: round x to 8 bits
-        first, one scale per token (its largest magnitude): faster with many tokens, and inexact; default what
-        `round_activations` says.
+        x: fp16 or bf16, or what `quantise` made of such. plan: run this configuration instead of the chosen one
+        (tuning). overlap: False launches without overlap with the kernel before (see `LoadedKernel.launch`); otherwise
+        Hopper and later overlap. quantise: round x to 8 bits first, one scale per token (its largest magnitude):
+        faster with many tokens, and inexact; default what `round_activations` says.
         """
-        activation = self._check(x, bias)
-        weights = self.weights
-        n, k = weights.out_features, weights.in_features
-        y = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-        m = y.numel() // n if n else 0
-        if m == 0:
+        activation = check_inputs(x, bias, quantise, self.weights, self.device)
+        m, kind = math.prod(x.shape[:-1]), quantise
+        if isinstance(x, QuantisedActivations):
+            kind = x.kind
+        elif kind is None and plan is None and m >= QUANTISED_TOKENS:
+            kind = self.rounding
+        if kind is not None:
+            self.spec(activation, kind)  # refuses what these weights or this GPU have no kernel for
+        y = torch.empty(*x.shape[:-1], self.weights.out_features, dtype=x.dtype, device=self.device)
+        if y.numel() == 0:
             return y
-        if k == 0:
+        if self.weights.in_features == 0:
             return y.copy_(bias) if bias is not None else y.zero_()
-        if m >= 2**31:
-            raise BackendError(f"x has {m} rows; one call takes fewer than 2^31. Split the batch.")
-        if quantise is None and plan is None and m >= QUANTISED_TOKENS:
-            quantise = self.rounding
-        rows = aligned_rows(x.reshape(m, k))
-        if torch.cuda.current_device() == self.device.index:
-            self._run(rows, bias, y, activation, plan, overlap, quantise)
-        else:
-            with torch.cuda.device(self.device):
-                self._run(rows, bias, y, activation, plan, overlap, quantise)
+        with self._current_device():
+            prepared = self._prepare(m, activation, kind, plan)  # refuses a plan that does not fit
+            if kind is not None and isinstance(x, Tensor):
+                x = quantise_tokens(x, prepared.spec)
+            if isinstance(x, QuantisedActivations):
+                self._launch(x.values.view(m, -1), x.scales, bias, y, prepared, overlap)
+            else:
+                self._launch(aligned_rows(x.reshape(m, -1)), None, bias, y, prepared, overlap)
         return y
 
-    def _run(
-        self, rows: Tensor, bias: Tensor | None, y: Tensor, activation: Activation, plan: Plan | None,
-        overlap: bool | None, quantise: Quantised | None,
-    ) -> None:  # fmt: skip
-        prepared = self._prepare(rows.shape[0], activation, quantise, plan)
-        scale = None
-        if quantise is not None:
-            rows, scale = quantise_tokens(rows, prepared.spec, self.weights.chunks)
-        self._launch(rows, scale, bias, y, prepared, overlap)
+    def _current_device(self) -> contextlib.AbstractContextManager[object]:
+        """Makes the layer's device the current one; switching takes longer than asking."""
+        if torch.cuda.current_device() == self.device.index:
+            return contextlib.nullcontext()
+        return torch.cuda.device(self.device)
 
     def _prepare(
         self,
@@ -253,14 +241,3 @@ class LowBitGemm:
         overlaps = self._overlap and overlap is not False
         cluster = (1, 1, plan.splits) if plan.config.cluster and plan.splits > 1 else None
         prepared.kernel.launch(prepared.grid, prepared.shared, arguments, stream, overlap=overlaps, cluster=cluster)
-
-
-def aligned_rows(x: Tensor) -> Tensor:
-    """[m, k] with unit inner stride and 16-byte aligned rows: x itself if it is so, else a copy."""
-    m, k = x.shape
-    inner = x.stride(1) == 1 or k == 1
-    row = x.stride(0) if m > 1 else 8
-    if inner and row % 8 == 0 and row >= 0 and x.data_ptr() % 16 == 0:
-        return x
-    padded = torch.empty(m, -(-k // 8) * 8, dtype=x.dtype, device=x.device)
-    return padded[:, :k].copy_(x)

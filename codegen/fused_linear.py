@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tsld_fx.codegen.cuda_gemm import LowBitGemm, aligned_rows
-from tsld_fx.codegen.spec import Activation
+from tsld_fx.codegen.activations import ACTIVATIONS, aligned_rows
+from tsld_fx.codegen.cuda_gemm import LowBitGemm
 
-_ACTIVATIONS: dict[torch.dtype, Activation] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 MOST_TOKENS = 8  # of a stream kernel that normalises: each block does so for all tokens
 
 
@@ -34,11 +33,11 @@ def fused_linear(
     """x [..., k] -> (y [..., n], or n / 2 features where gated; x + residual or None), or None: no kernel."""
     weights, m = gemm.weights, x.numel() // max(x.shape[-1], 1)
     n, k = weights.out_features, weights.in_features
-    if x.dtype not in _ACTIVATIONS or not 0 < m <= MOST_TOKENS or x.shape[-1] != k or x.device != gemm.device:
+    if x.dtype not in ACTIVATIONS or not 0 < m <= MOST_TOKENS or x.shape[-1] != k or x.device != gemm.device:
         return None
     if (norm is not None and not _norm_fits(norm, x)) or (gated and n % 16):
         return None
-    activation = _ACTIVATIONS[x.dtype]
+    activation = ACTIVATIONS[x.dtype]
     plan = gemm.plan(m, activation)
     if plan.config.kernel != "stream" or plan.splits > 1:
         return None

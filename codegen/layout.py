@@ -101,7 +101,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     n, k = codes.shape
     tiles, chunks = -(-n // TILE_ROWS), -(-k // CHUNK)
     out = torch.empty(tiles, chunks, bits // 2, 32, 16, dtype=torch.uint8, device=codes.device)
-    for start in range(0, n, _ROWS_AT_ONCE):
+    for start in range(0, n if k else 0, _ROWS_AT_ONCE):
         part = codes[start : start + _ROWS_AT_ONCE]
         if bits == 2:
             part = _TO_SIGN.to(codes.device)[part.int()]

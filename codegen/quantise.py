@@ -8,11 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tsld_fx.codegen.activations import QuantisedActivations, aligned_rows, padded
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import find_compiler
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
 from tsld_fx.codegen.render import QUANTISE_THREADS, quantise_name, quantise_vecs, render_quantise
 from tsld_fx.codegen.spec import CHUNK, KernelSpec
+from tsld_fx.errors import BackendError
 
 
 class QuantiseParams(ctypes.Structure):
@@ -32,19 +34,28 @@ def _kernel(spec: KernelSpec, vecs: int, device: int) -> LoadedKernel:
     return load_kernel(binary, quantise_name(spec, vecs), QUANTISE_THREADS)
 
 
-def quantise_tokens(rows: Tensor, spec: KernelSpec, chunks: int) -> tuple[Tensor, Tensor]:
-    """fp16 or bf16 [m, k], 16-byte aligned rows -> (8-bit values as uint8 [m, 128 * chunks], scales float32 [m]).
+def quantise_tokens(x: Tensor, spec: KernelSpec) -> QuantisedActivations:
+    """fp16 or bf16 [..., k] -> the same rounded to the type that `spec` says; any strides, any number of tokens.
 
-    int8: scale = max|x| / 127; fp8 (e4m3): max|x| / 448. Ties round to even. Within 32 inputs the order is that of
-    narrow.cuh, past the last there are zeros. A token that holds an Inf or a NaN gets a NaN scale. On the current
-    stream of the rows' device.
+    int8: scale = max|x| / 127; fp8 (e4m3): max|x| / 448. Ties round to even. A token that holds an Inf or a NaN gets a
+    NaN scale. On the current stream of x's device, which has to be the current one.
     """
-    m, k = rows.shape
-    values = torch.empty(m, chunks * CHUNK, dtype=torch.uint8, device=rows.device)
-    scales = torch.empty(m, dtype=torch.float32, device=rows.device)
-    kernel = _kernel(spec, quantise_vecs(chunks), rows.device.index)
+    if spec.quantised is None:
+        raise BackendError("There is nothing to round x to. Say which type of 8 bits: 'int8' or 'fp8'.")
+    k, width = x.shape[-1], padded(x.shape[-1])
+    values = torch.empty(*x.shape[:-1], width, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    result = QuantisedActivations(values, scales, spec.quantised, x.dtype, k)
+    m = scales.numel()
+    if m == 0:
+        return result
+    if k == 0:
+        scales.zero_()
+        return result
+    rows = aligned_rows(x.reshape(m, k))
+    kernel = _kernel(spec, quantise_vecs(width // CHUNK), x.device.index)
     ldx = rows.stride(0) if m > 1 else -(-k // 8) * 8
-    params = QuantiseParams(rows.data_ptr(), values.data_ptr(), scales.data_ptr(), ldx, values.shape[1], m, k)
-    stream = torch.cuda.current_stream(rows.device).cuda_stream
+    params = QuantiseParams(rows.data_ptr(), values.data_ptr(), scales.data_ptr(), ldx, width, m, k)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
     kernel.launch((m, 1, 1), 0, [params], stream, overlap=spec.capability >= 90)
-    return values, scales
+    return result

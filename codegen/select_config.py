@@ -12,7 +12,6 @@ from typing import Any
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.spec import CHUNK, TILE_ROWS, KernelSpec
 from tsld_fx.codegen.workspace import COUNTERS_PER_LAUNCH
-from tsld_fx.errors import BackendError
 
 _TUNED = Path(__file__).resolve().parent / "tuned"
 _NEAR = math.log(1.6)  # a tuned entry serves shapes whose N and K differ by less than this factor
@@ -211,11 +210,6 @@ def whole_splits(plan: Plan, chunks: int) -> Plan:
 
 def choose(spec: KernelSpec, n: int, k: int, m: int, multiprocessors: int) -> Plan:
     """The plan for y[m, n] = x[m, k] @ weights[n, k].T on a machine with so many multiprocessors."""
-    if spec.quantised and not spec.hopper:
-        raise BackendError(
-            f"{spec.quantised} activations have kernels for Hopper (compute capability 9.0) only, not for "
-            f"{spec.target}. Keep the activations as they are (activations='a16')."
-        )
     row_tiles, chunks = _ceil_div(n, TILE_ROWS), _ceil_div(k, CHUNK)
 
     def fits(plan: Plan) -> bool:

@@ -55,6 +55,11 @@ class KernelSpec:
                 f"KernelSpec: no CUDA kernel for scales per group of {self.group}. "
                 "Use group_size 32, 64, 128 or a multiple of 128, or one scale per channel."
             )
+        if self.quantised is not None and self.quantised not in get_args(Quantised):
+            raise BackendError(
+                f"KernelSpec: no CUDA kernel rounds activations to {self.quantised!r}. "
+                "Use 'int8' or 'fp8', or keep them as they are (None)."
+            )
         if self.quantised is not None and (self.bits != 2 or self.group):
             raise BackendError(
                 f"KernelSpec: activations are rounded to {self.quantised} only for ternary weights with one scale per "
@@ -65,6 +70,11 @@ class KernelSpec:
             raise BackendError(
                 f"KernelSpec: {self.target!r} is no target of these kernels. "
                 "Use sm_80 or later (sm_90a for Hopper), or compute_80 for PTX."
+            )
+        if self.quantised is not None and not self.hopper:
+            raise BackendError(
+                f"KernelSpec: {self.quantised} activations have kernels for Hopper (compute capability 9.0) only, not "
+                f"for {self.target}. Keep the activations as they are (activations='a16')."
             )
 
     @property

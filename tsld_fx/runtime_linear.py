@@ -87,7 +87,7 @@ def _kernel_linear(
     x: Tensor, codes: Tensor, meta: Tensor | None, row_scale: Tensor, row_zero: Tensor | None, bias: Tensor | None,
     library: str, function: str, out_features: int,
 ) -> Tensor:  # fmt: skip
-    from tsld_fx.codegen.cuda_gemm import aligned_rows
+    from tsld_fx.codegen.activations import aligned_rows
 
     if codes.device != x.device:
         raise BackendError(f"the input is on {x.device}, the weights on {codes.device}. Move one with .to(device).")

@@ -88,7 +88,8 @@ def test_plan_grids() -> None:
         (lambda: KernelSpec("fp16", 4, 0, "sm_75"), "sm_75"),
         (lambda: GemmConfig(96, 8, 1, 1, 1, 4, "wgmma"), "32, 64, 128 or 256 tokens"),
         (lambda: KernelSpec("fp16", 4, 0, "sm_90a", "int8"), "only for ternary"),
-        (lambda: choose(KernelSpec("fp16", 2, 0, "sm_80", "fp8"), 64, 64, 1, 108), "Hopper"),
+        (lambda: KernelSpec("fp16", 2, 0, "sm_90a", "int4"), "'int8' or 'fp8'"),  # type: ignore[arg-type]
+        (lambda: KernelSpec("fp16", 2, 0, "sm_80", "fp8"), "Hopper"),
         (lambda: render(KernelSpec("fp16", 2, 0, "sm_90a", "fp8"), [FEW_TOKENS]), "16-bit activations only"),
         (lambda: render_quantise(KernelSpec("fp16", 2), 1), "nothing to quantise"),
         (lambda: render(KernelSpec("fp16", 2, 0, "sm_80"), [MANY_TOKENS]), "sm_90a"),
