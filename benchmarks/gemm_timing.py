@@ -21,6 +21,25 @@ def rotation(weight_bytes: int, device: int = 0, times_l2: float = 4.0, least: i
 
 def microseconds_per_call(calls: Sequence[Callable[[], object]], target_us: float = 4000.0, samples: int = 7) -> float:
     """Median over `samples` of graph replays that last about `target_us` each."""
+    return microseconds_in_turn([calls], target_us, samples)[0]
+
+
+def microseconds_in_turn(
+    rivals: Sequence[Sequence[Callable[[], object]]], target_us: float = 4000.0, samples: int = 7
+) -> list[float]:
+    """The same of each rival, which take turns: a chip at its power limit treats them alike then."""
+    graphs = [_captured(calls) for calls in rivals]
+    counts = []
+    for graph in graphs:
+        _replay(graph, 2)
+        counts.append(max(1, int(target_us / max(_replay(graph, 2), 1.0))))
+    times = [[_replay(graph, count) for graph, count in zip(graphs, counts, strict=True)] for _ in range(samples)]
+    return [
+        statistics.median(of_one) / len(calls) for of_one, calls in zip(zip(*times, strict=True), rivals, strict=True)
+    ]
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -30,19 +49,18 @@ def microseconds_per_call(calls: Sequence[Callable[[], object]], target_us: floa
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
 
-    def replay(count: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1000 / count
 
-    replay(2)
-    count = max(1, int(target_us / max(replay(2), 1.0)))
-    return statistics.median(replay(count) for _ in range(samples)) / len(calls)
+def _replay(graph: torch.cuda.CUDAGraph, count: int) -> float:
+    """-> microseconds of one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000 / count
 
 
 def warm_up(seconds: float = 1.0) -> None:
