@@ -27,7 +27,7 @@ from tsld_fx.codegen.build import build_kernel
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.cuda_gemm import LowBitGemm
 from tsld_fx.codegen.layout import SLACK_TILES, KernelWeights
-from tsld_fx.codegen.select_config import Plan, resident_blocks, whole_splits
+from tsld_fx.codegen.select_config import MOST_DIGIT_TOKENS, Plan, resident_blocks, whole_splits
 from tsld_fx.codegen.spec import KernelSpec, Quantised
 from tsld_fx.errors import BackendError
 
@@ -37,7 +37,7 @@ SPLITS = (1, 2, 3, 4, 5, 6, 8)
 def mma_candidates(m: int) -> list[GemmConfig]:
     tokens = next((t for t in (1, 2, 4, 8, 16, 32, 64) if t >= m), 128)
     found = []
-    for wn, wk, rt, stages in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (2, 4)):
+    for wn, wk, rt, stages in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (2, 3, 4)):
         wm = 2 if tokens == 128 else 1
         warps, accumulators = wn * wm * wk, rt * -(-tokens // (8 * wm)) * 4
         if warps not in (8, 16) or accumulators > 128 or accumulators * warps > 1024:
@@ -48,13 +48,20 @@ def mma_candidates(m: int) -> list[GemmConfig]:
     return found
 
 
-def stream_candidates(m: int) -> list[GemmConfig]:
+def stream_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
     tokens = next(t for t in (1, 2, 4, 8, 16, 32, 64) if t >= m)
-    return [
+    found = [
         GemmConfig(tokens, 1, 1, warps, rt, stages, "stream")
         for warps, rt, stages in itertools.product((8, 16), (1, 2, 4), (3, 4, 6, 8))
         if rt * tokens <= 128 and rt * stages <= 16
     ]
+    if m <= MOST_DIGIT_TOKENS and spec.bits == 2 and spec.group in (0, 128):
+        found += [
+            GemmConfig(m, 1, 1, warps, rt, stages, "stream", digits=True)
+            for warps, rt, stages in itertools.product((8, 12, 16, 20, 24), (1, 2, 4), (3, 4, 5, 6))
+            if rt * stages <= 16
+        ]
+    return found
 
 
 def digits_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
@@ -96,7 +103,7 @@ def tile_candidates(m: int) -> list[GemmConfig]:
 def candidates(spec: KernelSpec, m: int, kernels: str, only: str = "") -> list[GemmConfig]:
     """Configurations of these kernels that serve `m` tokens and whose names match the regular expression `only`."""
     wanted = kernels.split(",")
-    found = stream_candidates(m) if "stream" in wanted and m <= 64 and not spec.quantised else []
+    found = stream_candidates(spec, m) if "stream" in wanted and m <= 64 and not spec.quantised else []
     if "digits" in wanted and m <= 64:
         found += digits_candidates(spec, m)
     if "mma" in wanted and not spec.quantised:
@@ -144,14 +151,14 @@ def plans(gemm: LowBitGemm, config: GemmConfig, m: int, quantised: Quantised | N
         if config.cluster and whole_splits(Plan(config, splits), weights.chunks).splits != splits:
             continue
         per_split = -(-weights.chunks // splits)
+        if config.digits and splits > 1:
+            continue
         if splits > 1 and (per_split < config.stage_chunks or -(-weights.chunks // per_split) != splits):
             continue
         if config.kernel in ("mma", "tile"):
             if splits == 1 or 0.4 * multiprocessors < tiles * splits <= 4.5 * multiprocessors:
                 found.append(Plan(config, splits))
         elif config.walks:
-            if config.cluster and splits > 2:  # larger clusters leave multiprocessors idle
-                continue
             for per_sm in (1, 2, 4) if config.kernel == "stream" else range(1, config.least_blocks(spec) + 1):
                 plan = Plan(config, splits, per_sm)
                 shared = plan.shared_bytes(spec, m, weights.row_tiles, weights.chunks, multiprocessors)

@@ -197,13 +197,13 @@ def _with_digits(plan: Plan, m: int) -> Plan:
 
 
 def whole_splits(plan: Plan, chunks: int) -> Plan:
-    """The plan with the most splits, up to its own, that leave no block without inputs and that share the token tiles
-    of a wgmma cluster equally."""
+    """The plan with the most splits, up to its own, that leave no block without inputs and that share the tokens of a
+    cluster equally: its token tiles (wgmma), or its tokens (digits: 1, 2, 4 or 8 blocks)."""
 
     def whole(splits: int) -> bool:
         full = _ceil_div(chunks, _ceil_div(chunks, splits)) == splits
-        shared = plan.config.cluster and plan.config.persistent
-        return full and (not shared or plan.config.tokens // 8 % splits == 0)
+        shared = plan.config.tokens // 8 if plan.config.persistent else 8
+        return full and (not plan.config.cluster or shared % splits == 0)
 
     return replace(plan, splits=next(s for s in range(plan.splits, 0, -1) if whole(s)))
 

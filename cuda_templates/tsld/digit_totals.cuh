@@ -61,7 +61,8 @@ struct DigitTotals {
     const int row = first_group * C::kGroupRows + r;
     const DigitScale scale = scales[token];
     float sum = join_digits<C::kGroup>(sums + (token * groups * C::kGroupRows + r) * kDigitsOf, scale);
-    if (!scale.finite) sum = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T, C::kGroup>(p, token0 + token, row);
+    if (!scale.finite)
+      sum = C::kNorm ? __uint_as_float(0x7FC00000u) : exact_row<T, C::kGroup>(p, token0 + token, row, 0, p.k);
     sum *= row_scales[r];
     return p.bias != nullptr && row < p.n ? sum + T::to_float(static_cast<const u16*>(p.bias)[row]) : sum;
   }

@@ -31,7 +31,7 @@ class DigitsGemm {
   char* const memory_;
   const int warp_, lane_, team_;
   const int first_chunk_, chunks_;  // the block's inputs
-  const int units_;                 // of a row group; zeros of x fill up the last
+  const int units_;                 // of a row group, in all blocks; zeros of x fill them up
   const int first_group_, groups_;  // the block's rows
   const u64 policy_;
 
@@ -44,7 +44,7 @@ class DigitsGemm {
         team_(__shfl_sync(~0u, threadIdx.x / (32 * C::kTeam), 0)),  // known to be the same in all lanes
         first_chunk_(blockIdx.z * p.chunks_per_split),
         chunks_(min(p.chunks_per_split, p.chunks - first_chunk_)),
-        units_(ceil_div(chunks_, C::kUnit)),
+        units_(ceil_div(p.chunks_per_split, C::kUnit)),
         first_group_(share_start(all_groups(), gridDim.x, blockIdx.x)),
         groups_(share_start(all_groups(), gridDim.x, blockIdx.x + 1) - first_group_),
         policy_(evict_first_policy()) {}
@@ -86,19 +86,21 @@ class DigitsGemm {
     acc.finish();
     cp_async_wait<0>();
     __syncthreads();
-    if (end > begin && x != first_x) acc.put(unfinished(team_));
+    if (x != first_x) acc.put(unfinished(team_));  // zeros from a team without a share
     if (C::kHopper && splits() > 1) {
       cluster_arrive_with_shared();
       cluster_wait();
     } else {
       __syncthreads();
     }
-    if (C::kHopper || splits() == 1) {
-      add_pieces([&](int token, int row, const float(&sum)[4]) { store(token, row, sum); });
-      if (C::kHopper && splits() > 1) {  // no block leaves while others read its sums
+    if constexpr (C::kHopper) {
+      add_pieces_and_store();
+      if (splits() > 1) {  // no block leaves while others read its sums
         cluster_arrive_relaxed();
         cluster_wait();
       }
+    } else if (splits() == 1) {
+      add_pieces([&](int token, int row, const float(&sum)[4]) { store(token, row, sum); });
     } else {
       add_pieces([&](int token, int row, const float(&sum)[4]) {
         store_float4_l2(partial_sum(p_, split(), token0() + token, first_group_ * C::kGroupRows + row), sum);
@@ -170,7 +172,7 @@ class DigitsGemm {
   __device__ __forceinline__ void load_unit(Source& source, u32& stage, bool wanted) const {
     if (wanted) {
       const u32 to = stage + lane_ * 16;
-      const int last = min(C::kUnit, chunks_ - source.unit * C::kUnit) - 1;  // chunks past it stand for any: x is zero
+      const int last = max(1, min(C::kUnit, chunks_ - source.unit * C::kUnit)) - 1;  // chunks past it stand for any: x is zero
 #pragma unroll
       for (int rt = 0; rt < C::kTiles; ++rt) {
         const i64 tile = static_cast<i64>(rt) * p_.chunks;
@@ -191,97 +193,90 @@ class DigitsGemm {
     cp_async_commit();
   }
 
-  // Calls take(token, row of the block, sum of four rows) for every four rows and token. On Hopper the tokens are this
-  // block's part, and the sum is that of all splits, in their order: what other blocks have lies in their shared memory.
+  struct Quad {
+    typename If<C::kGroup == 0, int, float>::type v[4];
+
+    __device__ __forceinline__ Quad(const Vec16& bits) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (C::kGroup == 0)
+          v[i] = static_cast<int>(bits.w[i]);
+        else
+          v[i] = __uint_as_float(bits.w[i]);
+      }
+    }
+    __device__ __forceinline__ void add(const Quad& other) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] += other.v[i];
+    }
+  };
+
+  // On Hopper: y for this block's part of the tokens, from the sums of all splits, in their order. What other blocks have is
+  // read in their shared memory: all loads of two splits at once, without a branch between, so that they wait once.
+  __device__ __forceinline__ void add_pieces_and_store() const {
+    constexpr int kRowQuads = C::kGroupRows / 4;
+    const int share = C::kTokens >> (31 - __clz(splits())), bits = 31 - __clz(share);  // splits: 1, 2, 4 or 8
+    const u32 memory = shared_address(memory_), slots_at = shared_address(slots()) - memory;
+    const u32 scales_at = shared_address(scales()) - memory;
+    for (int i = threadIdx.x / kRowQuads; i < groups_ << bits; i += C::kThreads / kRowQuads) {
+      const int group = i >> bits, token = split() * share + (i & (share - 1)), r = threadIdx.x % kRowQuads * 4;
+      if (token >= tokens()) continue;
+      const u32 at = (token * C::kSlotStride + r) * 4;
+      float sum[4] = {};
+      u32 finite = 1;
+#pragma unroll 2
+      for (int s = 0; s < splits(); ++s) {
+        const u32 there = shared_of_block(memory, s);
+        const Vec16 scale = load_cluster16(there + scales_at + token * 16);
+        Quad piece = load_cluster16(there + slots_at + group * (C::kSlot * 4) + at);
+#pragma unroll
+        for (int team = 0; team < C::kTeams - 1; ++team)  // those that left this group unfinished
+          if (static_cast<u32>(team_start(team + 1) - group * units_ - 1) < static_cast<u32>(units_ - 1))
+            piece.add(load_cluster16(there + team * (C::kSlot * 4) + at));
+        finite &= scale.w[2];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] += static_cast<float>(piece.v[j]) * __uint_as_float(scale.w[0]);
+      }
+      const int row = group * C::kGroupRows + r, global = first_group_ * C::kGroupRows + row;
+      if (!finite && global < p_.n) exact_rows(sum, token0() + token, global, 0, p_.k);
+      store(token, row, sum);
+    }
+  }
+
+  // Elsewhere: calls take(token, row of the block, sum of four rows) for every four rows and token.
   template <class Take>
   __device__ __forceinline__ void add_pieces(const Take& take) const {
-    constexpr int kRowQuads = C::kGroupRows / 4;
-    const int share = C::kHopper ? ceil_div(C::kTokens, splits()) : C::kTokens, first = C::kHopper ? split() * share : 0;
-    const int count = C::kHopper ? min(share, tokens() - first) : C::kTokens;
-    for (int q = threadIdx.x; q < groups_ * kRowQuads * count; q += C::kThreads) {
-      const int r = q % kRowQuads * 4, token = first + q / kRowQuads % count, group = q / kRowQuads / count;
-      const int row = group * C::kGroupRows + r;
-      if (token >= tokens() || first_group_ * C::kGroupRows + row >= p_.row_tiles * kTileRows) continue;
-      const int at = token * C::kSlotStride + r;
-      float sum[4] = {};
-      if constexpr (C::kHopper) {
-#pragma unroll(C::kGroup ? 1 : 2)
-        for (int s = 0; s < splits(); ++s) {
-          const int units = ceil_div(min(p_.chunks_per_split, p_.chunks - s * p_.chunks_per_split), C::kUnit);
-          int team = C::kTeams - 1;  // that completed the group
-          while (share_start(groups_ * units, C::kTeams, team) >= (group + 1) * units) --team;
-          add_split(sum, s, units, team, group, at);
+    constexpr int kRowQuads = C::kGroupRows / 4, kAtOnce = 3;
+    for (int q = threadIdx.x; q < groups_ * kRowQuads * C::kTokens; q += C::kThreads) {
+      const int r = q % kRowQuads * 4, token = q / kRowQuads % C::kTokens, group = q / kRowQuads / C::kTokens;
+      const int row = group * C::kGroupRows + r, global = first_group_ * C::kGroupRows + row;
+      if (token >= tokens() || global >= p_.row_tiles * kTileRows) continue;
+      const int at = token * C::kSlotStride + r, total = groups_ * units_;
+      // the team that completed the group has put it into its slot, those before it have pieces
+      int team = slots()[group * C::kSlot + C::kGroupRows];
+      Quad piece = *reinterpret_cast<const Vec16*>(slots() + group * C::kSlot + at);
+      const DigitScale scale = scales()[token];
+#pragma unroll 1
+      for (bool more = true; more; team -= kAtOnce) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          more = team - i > 0 && share_start(total, C::kTeams, team - i) > group * units_;
+          if (more) piece.add(*reinterpret_cast<const Vec16*>(unfinished(team - i - 1) + at));
         }
-      } else {
-        add_split(sum, split(), units_, slots()[group * C::kSlot + C::kGroupRows], group, at);
       }
+      float sum[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = static_cast<float>(piece.v[i]) * scale.first;
+      const int k0 = first_chunk_ * kChunk;
+      if (!scale.finite) exact_rows(sum, token0() + token, global, k0, min(p_.k, k0 + p_.chunks_per_split * kChunk));
       take(token, row, sum);
     }
   }
 
-  // Adds four rows of one split. The team that completed the group has put it into its slot, those before it have pieces.
-  __device__ __forceinline__ void add_split(float (&sum)[4], int of, int units, int team, int group, int at) const {
-    const int total = groups_ * units, token = at / C::kSlotStride, row = group * C::kGroupRows + at % C::kSlotStride;
-    Quad piece = load_sums(slots() + group * C::kSlot + at, of);
-    for (; share_start(total, C::kTeams, team) > group * units; --team) {
-      if (share_start(total, C::kTeams, team - 1) == share_start(total, C::kTeams, team)) continue;  // it has no share
-      const Quad more = load_sums(unfinished(team - 1) + at, of);
+  // A token that has no digits, some inputs of four rows.
+  __device__ __forceinline__ void exact_rows(float (&sum)[4], int token, int row, int k0, int end) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) piece.v[i] += more.v[i];
-    }
-    const Vec16 scale = load_of(scales() + token, of);
-    float out[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = static_cast<float>(piece.v[i]) * __uint_as_float(scale.w[0]);
-    if (!scale.w[2]) exact_rows(out, token0() + token, first_group_ * C::kGroupRows + row, of * p_.chunks_per_split);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += out[i];
-  }
-
-  struct Quad {
-    typename If<C::kGroup == 0, int, float>::type v[4];
-  };
-  // 16 bytes of the block that has this split.
-  __device__ __forceinline__ Vec16 load_of(const void* at, int of) const {
-    if constexpr (!C::kHopper) return *static_cast<const Vec16*>(at);
-    const u32 address = shared_address(at);
-    return splits() > 1 ? load_cluster16(shared_of_block(address, of)) : load_shared16(address);
-  }
-  __device__ __forceinline__ Quad load_sums(const int* at, int of) const {
-    const Vec16 bits = load_of(at, of);
-    Quad sums;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (C::kGroup == 0)
-        sums.v[i] = static_cast<int>(bits.w[i]);
-      else
-        sums.v[i] = __uint_as_float(bits.w[i]);
-    }
-    return sums;
-  }
-
-  // Four rows and a token that has no digits, one product after another: 0 * Inf is NaN, as everywhere. Slow.
-  __device__ __forceinline__ void exact_rows(float (&sum)[4], int token, int row, int first_chunk) const {
-    const int k0 = first_chunk * kChunk, end = min(p_.k, k0 + p_.chunks_per_split * kChunk);
-    const u16* x = static_cast<const u16*>(p_.x) + token * p_.ldx;
-    const u32* tile = static_cast<const u32*>(p_.weights) + static_cast<i64>(row / 16) * p_.chunks * 128;
-    const u16* scales = static_cast<const u16*>(p_.meta);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = 0.f;
-#pragma unroll 1
-    for (int k = k0; k < end; ++k) {
-      const float value = T::to_float(x[k]);
-      const int part = 4 * (k / 16 % 2) + 2 * (k / 8 % 2) + row / 8 % 2, shift = 14 - 2 * part + 16 * (k % 2);
-      const u32* word = tile + k / 128 * 128 + k % 8 / 2 * 4 + k % 128 / 32;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const u32 code = word[(row % 8 + i) * 16] >> shift & 3;
-        float weight = code == 1 ? 2.f : code == 3 ? -2.f : 0.f;
-        if constexpr (C::kGroup != 0)
-          weight *= Fp16::to_float(scales[(row / 16 * p_.chunks + k / 128) * 16 + row % 16 + i]);
-        sum[i] += weight * value;
-      }
-    }
+    for (int i = 0; i < 4; ++i) sum[i] = exact_row<T, C::kGroup>(p_, token, row + i, k0, end);
   }
 
   // In the order of the splits; several loads at once.

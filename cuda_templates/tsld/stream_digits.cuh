@@ -131,15 +131,15 @@ __device__ __forceinline__ float join_digits(const int* sums, const DigitScale& 
   return ((v[0] * 8388608.f + v[1] * 32768.f) + (v[2] * 256.f + v[3])) * scale.first * scale.second;
 }
 
-// A row and a token that is not finite, one product after another: 0 * Inf is NaN, as everywhere. Slow.
+// Inputs k0 .. end - 1 of a row and a token without digits, one product after another: 0 * Inf is NaN, as everywhere. Slow.
 template <class T, int kGroup>
-__device__ __forceinline__ float exact_row(const GemmParams& p, int token, int row) {
+__device__ __forceinline__ float exact_row(const GemmParams& p, int token, int row, int k0, int end) {
   const u16* x = static_cast<const u16*>(p.x) + token * p.ldx;
   const u32* tile = static_cast<const u32*>(p.weights) + static_cast<i64>(row / 16) * p.chunks * 128;
   const u16* scales = static_cast<const u16*>(p.meta) + static_cast<i64>(row / 16) * p.chunks * 16 + row % 16;
   float sum = 0.f;
 #pragma unroll 1
-  for (int k = 0; k < p.k; ++k) {
+  for (int k = k0; k < end; ++k) {
     const int lane = row % 8 * 4 + k % 8 / 2, part = 4 * (k / 16 % 2) + 2 * (k / 8 % 2) + row / 8 % 2;
     const u32 code = tile[k / 128 * 128 + lane * 4 + k % 128 / 32] >> (14 - 2 * part + 16 * (k % 2)) & 3;
     const float weight = code == 1 ? 2.f : code == 3 ? -2.f : 0.f;

@@ -226,20 +226,20 @@ def test_wgmma_with_clusters_and_buffers_for_weights(make_layer, n, k, group_siz
 def digits_plans(gemm: LowBitGemm, target: str | None) -> list[Plan]:
     """Row groups that end within a share, warps without work, tokens that no block of a cluster owns."""
     if target is None and torch.cuda.get_device_capability()[0] == 9:
-        shapes = [(16, 16, 4, 4, 2), (16, 8, 4, 5, 1), (8, 12, 4, 3, 3), (32, 8, 4, 4, 4)]
+        shapes = [(16, 16, 4, 4, 2), (16, 8, 4, 5, 1), (8, 12, 4, 3, 4), (32, 8, 4, 4, 8)]
         configs = [(GemmConfig(t, 1, 1, w, r, s, "digits", cluster=True), splits) for t, w, r, s, splits in shapes]
     else:
         shapes = [(16, 16, 2, 3, 2), (16, 8, 3, 3, 1), (8, 12, 1, 4, 3), (32, 8, 1, 4, 2)]
         configs = [(GemmConfig(t, 1, 1, w, r, s, "digits"), splits) for t, w, r, s, splits in shapes]
     chunks, tiles, spec = gemm.weights.chunks, gemm.weights.row_tiles, gemm.spec("fp16")
-    found = [Plan(config, -(-chunks // -(-chunks // splits))) for config, splits in configs]
+    found = [whole_splits(Plan(config, splits), chunks) for config, splits in configs]
     return [p for p in found if p.shared_bytes(spec, 64, tiles, chunks, 132) <= shared_limit(spec.capability)]
 
 
 @pytest.mark.parametrize("target", [None, "compute_80"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [0, 128])
-@pytest.mark.parametrize(("n", "k"), [(40, 200), (1021, 523), (3000, 1100), (37, 4099)])
+@pytest.mark.parametrize(("n", "k"), [(40, 200), (1021, 523), (3000, 1100), (4797, 2000), (6893, 1030), (37, 4099)])
 def test_two_bytes_of_x_for_some_tokens(make_layer, n, k, group_size, dtype, target) -> None:
     """The kernels that take x as 16-bit integers; the same bits every time."""
     layer = make_layer(n, k, 2, group_size)
