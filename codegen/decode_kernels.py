@@ -7,13 +7,13 @@ elsewhere the operators of `tsld_fx.decode_ops` compute in plain torch.
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tsld_fx.codegen.attention_plan import AttentionPlan, attention_plan, ring_bytes
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import find_compiler
 from tsld_fx.codegen.devices import device_facts
@@ -24,10 +24,6 @@ Kind = Literal["rms_norm", "silu_mul", "attention", "take_token"]
 DTYPES = {torch.float16: "Fp16", torch.bfloat16: "Bf16"}
 HEAD_DIMS = (8, 16, 32, 64, 128, 256)
 THREADS = {"rms_norm": 256, "silu_mul": 128, "take_token": 1024}
-_MOST_ROWS = 8  # query heads that one block computes together
-_MOST_CLUSTER = 8  # blocks of a cluster
-_BLOCKS_PER_SM = 2
-_LEAST_KEYS = 64  # cached positions for which a share of its own pays
 
 
 class NormParams(ctypes.Structure):
@@ -63,24 +59,11 @@ class AttentionParams(ctypes.Structure):
     ]
 
 
-def attention_threads(head_dim: int, rows: int, cluster: int = 0) -> int:
-    """Threads of a block: fewer where the results of many heads take much shared memory, and where the blocks of a
-    cluster have few positions each, so that two fit on a multiprocessor beside the product before them."""
-    return 128 if rows * head_dim > 512 or (rows == 1 and cluster == _MOST_CLUSTER) else 256
-
-
-def ring_bytes(threads: int) -> int:
-    """Dynamic shared memory of an attention block: keys and values; mirrors `DecodeAttention::kAhead`."""
-    return 32 * threads * (8 if threads > 128 else 10)
-
-
-def render(
-    kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0, threads: int | None = None
-) -> tuple[str, str]:
-    """-> (source, name of the kernel). Pure."""
+def render(kind: Kind, dtype: torch.dtype, head_dim: int = 0, rows: int = 0, threads: int = 256) -> tuple[str, str]:
+    """-> (source, name of the kernel). head_dim, rows, threads: of attention. Pure."""
     shape = f"_d{head_dim}_r{rows}" if kind == "attention" else ""
     name = f"tsld_{kind}_{DTYPES[dtype].lower()}{shape}"
-    threads = threads or (attention_threads(head_dim, rows) if kind == "attention" else THREADS[kind])
+    threads = THREADS.get(kind, threads)
     source = environment().get_template("decode.cu.j2").render(
         title=f"Decoding step: {kind}", name=name, kind=kind, type=DTYPES[dtype], head_dim=head_dim, rows=rows,
         threads=threads, ring_bytes=ring_bytes(threads),
@@ -105,13 +88,13 @@ def _kernel(
 
 def launch(
     kind: Kind, dtype: torch.dtype, device: int, grid: tuple[int, int, int], params: ctypes.Structure,
-    head_dim: int = 0, rows: int = 0, cluster: int = 0,
+    head_dim: int = 0, plan: AttentionPlan | None = None,
 ) -> None:  # fmt: skip
     """Enqueue one of the kernels on the device's current stream, building it first where that was not done yet."""
-    attention = kind == "attention"
-    threads = attention_threads(head_dim, rows, cluster) if attention else THREADS[kind]
+    rows, threads = (plan.rows, plan.threads) if plan else (0, THREADS[kind])
     kernel, overlap = _kernel(kind, dtype, head_dim, rows, threads, device)
-    shared, shape = ring_bytes(threads) if attention else 0, (1, cluster, 1) if cluster else None
+    shared = ring_bytes(threads) if plan else 0
+    shape = (1, plan.splits, 1) if plan and plan.cluster else None
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         kernel.launch(grid, shared, [params], stream, overlap=overlap, cluster=shape)
@@ -184,33 +167,10 @@ def _launch_gate(y: Tensor, gate: int, up: int, gate_stride: int, up_stride: int
     launch("silu_mul", y.dtype, y.device.index, (blocks, 1, 1), params)
 
 
-def heads_per_block(heads: int, kv_heads: int) -> int:
-    """Query heads that one block computes with the same keys and values."""
-    shared = heads // kv_heads
-    return max(r for r in range(1, _MOST_ROWS + 1) if shared % r == 0)
-
-
-def attention_splits(batch: int, heads: int, kv_heads: int, length: int, multiprocessors: int) -> int:
-    """Blocks that share the cached positions of one head: enough to fill the machine."""
-    units = batch * heads // heads_per_block(heads, kv_heads)
-    return max(1, min(-(-_BLOCKS_PER_SM * multiprocessors // units), length // _LEAST_KEYS))
-
-
-def cluster_size(splits: int, head_dim: int, rows: int, capability: int) -> int:
-    """The nearest number of blocks that can form a cluster, 0 where the shares have to meet in global memory."""
-    if capability < 90 or rows * head_dim > 512 or not 1 < splits <= 1.5 * _MOST_CLUSTER:
-        return 0
-    return min(_MOST_CLUSTER, 1 << round(math.log2(splits)))
-
-
-def scratch_floats(batch: int, heads: int, kv_heads: int, head_dim: int, length: int, multiprocessors: int) -> int:
-    """float32 values that `attention` needs: counters (zero) first, then the shares' results."""
-    rows, most = heads_per_block(heads, kv_heads), 0
-    for b in range(1, batch + 1):
-        units = b * heads // rows
-        splits = attention_splits(b, heads, kv_heads, length, multiprocessors)
-        most = max(most, units * splits * rows * (head_dim + 2))
-    return batch * heads + most
+def chip(device: int) -> tuple[int, int]:
+    """(compute capability, multiprocessors) of a device, as `attention_plan` takes them."""
+    target, multiprocessors = device_facts(device)
+    return int(target.split("_")[1].rstrip("a")), multiprocessors
 
 
 def attention_supported(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> bool:
@@ -225,19 +185,15 @@ def attention_supported(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor,
-    key_cache: Tensor, value_cache: Tensor, scratch: Tensor, scale: float,
+    key_cache: Tensor, value_cache: Tensor, scratch: Tensor, scale: float, plan: AttentionPlan | None = None,
 ) -> Tensor:  # fmt: skip
     """q [B, 1, heads, D], k and v [B, 1, kv_heads, D], caches [>= B, kv_heads, L, D] -> [B, 1, heads, D].
 
-    cos, sin: [B, 1, D], or [L, D] of all positions.
+    cos, sin: [B, 1, D], or [L, D] of all positions. plan: instead of the chosen one (tuning).
     """
     batch, _, heads, head_dim = q.shape
     kv_heads, length = k.shape[2], key_cache.shape[2]
-    rows = heads_per_block(heads, kv_heads)
-    target, multiprocessors = device_facts(q.device.index)
-    splits = attention_splits(batch, heads, kv_heads, length, multiprocessors)
-    cluster = cluster_size(splits, head_dim, rows, int(target.split("_")[1].rstrip("a")))
-    splits = cluster or splits
+    plan = plan or attention_plan(batch, heads, kv_heads, head_dim, length, *chip(q.device.index))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tables = [None if t is None else t.contiguous() for t in (cos, sin)]
     positions = positions.contiguous()
@@ -246,9 +202,9 @@ def attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *(None if t is None else t.data_ptr() for t in tables),
         positions.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), out.data_ptr(),
         scratch.data_ptr() + 4 * counters, scratch.data_ptr(),
-        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, splits,
-        bool(cluster), cos is not None and cos.dim() == 2, scale,
+        q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, length, plan.splits,
+        plan.cluster, cos is not None and cos.dim() == 2, scale,
     )  # fmt: skip
-    grid = (batch * heads // rows, splits, 1)
-    launch("attention", q.dtype, q.device.index, grid, params, head_dim, rows, cluster)
+    grid = (batch * heads // plan.rows, plan.splits, 1)
+    launch("attention", q.dtype, q.device.index, grid, params, head_dim, plan)
     return out

@@ -7,6 +7,7 @@ import torch
 
 from tsld_fx.codegen import decode_kernels as kernels
 from tsld_fx.codegen import select_config
+from tsld_fx.codegen.attention_plan import AttentionPlan, attention_plan, scratch_floats
 from tsld_fx.codegen.compiler import find_compiler, parse_resources
 from tsld_fx.codegen.config import GemmConfig
 from tsld_fx.codegen.render import kernel_name, render
@@ -14,8 +15,8 @@ from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError
 
-KINDS = [("rms_norm", 0, 0, None), ("silu_mul", 0, 0, None), ("take_token", 0, 0, None)]
-KINDS += [("attention", *shape) for shape in ((128, 1, 128), (128, 1, 256), (64, 8, None), (256, 8, None))]
+KINDS = [("rms_norm", 0, 0, 0), ("silu_mul", 0, 0, 0), ("take_token", 0, 0, 0)]
+KINDS += [("attention", *shape) for shape in ((128, 1, 128), (128, 1, 256), (64, 8, 256), (256, 8, 128))]
 
 
 def test_source(golden) -> None:
@@ -26,7 +27,7 @@ def test_source(golden) -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(("kind", "head_dim", "rows", "threads"), KINDS)
-def test_no_spills(kind: str, head_dim: int, rows: int, threads: int | None, target: str) -> None:
+def test_no_spills(kind: str, head_dim: int, rows: int, threads: int, target: str) -> None:
     source, name = kernels.render(kind, torch.float16, head_dim, rows, threads)  # type: ignore[arg-type]
     _, log = find_compiler("nvcc").compile(source, target)
     (usage,) = parse_resources(log)
@@ -41,23 +42,18 @@ def test_too_much_shared_memory_is_a_compile_error() -> None:
 
 
 def test_work_is_shared_so_that_the_machine_is_full() -> None:
-    assert [kernels.heads_per_block(h, g) for h, g in ((32, 32), (32, 8), (14, 2), (24, 2), (64, 1))] == [1, 4, 7, 6, 8]
-    assert kernels.attention_splits(1, 32, 32, 4096, 132) == 9
-    assert kernels.attention_splits(1, 32, 32, 128, 132) == 2  # too few positions for more
-    assert kernels.attention_splits(64, 32, 32, 4096, 132) == 1
+    def plan(batch: int, kv_heads: int, length: int, capability: int = 90) -> AttentionPlan:
+        return attention_plan(batch, 32, kv_heads, 128, length, capability, 132)
+
+    assert plan(1, 32, 768) == AttentionPlan(rows=1, splits=8, cluster=True, threads=128)
+    assert plan(1, 32, 90).splits == 1  # too few positions for more
+    assert plan(1, 8, 768).rows < plan(32, 8, 768).rows == 4
+    assert not plan(1, 32, 768, 80).cluster  # no clusters before Hopper
+    assert not plan(8, 8, 8192).cluster  # they would not fit side by side
+    assert {plan(b, kv, 4096).threads for b in (1, 8, 64) for kv in (4, 5) if plan(b, kv, 4096).rows > 4} <= {128}
     for batch in range(1, 9):  # enough for every smaller batch, too
-        units, splits = batch * 8, kernels.attention_splits(batch, 32, 8, 1024, 132)
-        needed = 8 * 32 + units * splits * 4 * (128 + 2)
-        assert kernels.scratch_floats(8, 32, 8, 128, 1024, 132) >= needed
-
-
-def test_blocks_of_a_head_form_a_cluster_where_they_can() -> None:
-    size = kernels.cluster_size
-    assert [size(s, 128, 1, 90) for s in (1, 2, 3, 5, 6, 9, 12, 13)] == [0, 2, 4, 4, 8, 8, 8, 0]
-    assert size(9, 128, 1, 80) == 0  # no clusters before Hopper
-    assert size(9, 128, 4, 90) == 8 and size(9, 128, 8, 90) == 0  # too much shared memory
-    threads = kernels.attention_threads
-    assert [threads(128, 1, c) for c in (0, 4, 8)] == [256, 256, 128] and threads(128, 4, 8) == 256
+        needed = 8 * 32 + batch * 32 * plan(batch, 8, 1024).splits * (128 + 2)
+        assert scratch_floats(8, 32, 8, 128, 1024, 90, 132) >= needed
 
 
 @pytest.mark.parametrize("bits", [2, 4])

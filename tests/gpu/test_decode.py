@@ -10,6 +10,7 @@ from tests.models import POSITIONS, build, ids, left_padded
 from tsld_fx import LoweredModel, convert, prepare
 from tsld_fx import decode_ops as ops
 from tsld_fx.codegen import decode_kernels as kernels
+from tsld_fx.codegen.attention_plan import scratch_floats
 from tsld_fx.codegen.decode_step import likeliest_supported, take_token
 from tsld_fx.decode import Decoder
 from tsld_fx.decode.options import Options
@@ -60,12 +61,11 @@ def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "size", "length"),
     [(1, 32, 32, 128, 640), (3, 12, 2, 64, 200), (2, 8, 1, 16, 1024), (5, 4, 4, 256, 70),
-     (40, 14, 2, 32, 130), (1, 1, 1, 8, 3)],
+     (40, 14, 2, 32, 130), (1, 1, 1, 8, 3), (2, 8, 2, 64, 4100)],
 )  # fmt: skip
 def test_attention(batch: int, heads: int, kv_heads: int, size: int, length: int, rotary: str | None, dtype) -> None:
     """At the first, a middle and the last position; the cache holds NaN where nothing was written yet."""
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    floats = kernels.scratch_floats(batch, heads, kv_heads, size, length, multiprocessors)
+    floats = scratch_floats(batch, heads, kv_heads, size, length, *kernels.chip(0))
     scratch = torch.zeros(floats, device="cuda")
     for positions in ([0] * batch, [(7 * b + 2) % length for b in range(batch)], [length - 1] * batch):
         where = torch.tensor(positions, device="cuda")[:, None]

@@ -93,15 +93,15 @@ def _scratch(model: Any, batch: int, length: int) -> int:
     device = model.device
     if device.type != "cuda":
         return 0
-    from tsld_fx.codegen.decode_kernels import scratch_floats
-    from tsld_fx.codegen.devices import device_facts
+    from tsld_fx.codegen.attention_plan import scratch_floats
+    from tsld_fx.codegen.decode_kernels import chip
 
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     index = torch.cuda.current_device() if device.index is None else device.index
-    return scratch_floats(batch, heads, kv_heads, head_dim, length, device_facts(index)[1])
+    return scratch_floats(batch, heads, kv_heads, head_dim, length, *chip(index))
 
 
 def verify(graphs: DecodeGraphs, model: Any) -> float:
