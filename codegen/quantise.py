@@ -11,8 +11,9 @@ from torch import Tensor
 from tsld_fx.codegen.activations import QuantisedActivations, aligned_rows, padded
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import find_compiler
+from tsld_fx.codegen.devices import device_facts
 from tsld_fx.codegen.driver import LoadedKernel, ensure_context, load_kernel
-from tsld_fx.codegen.render import QUANTISE_THREADS, quantise_name, quantise_vecs, render_quantise
+from tsld_fx.codegen.render import QuantiseConfig, quantise_name, render_quantise
 from tsld_fx.codegen.spec import CHUNK, KernelSpec
 from tsld_fx.errors import BackendError
 
@@ -28,10 +29,10 @@ class QuantiseParams(ctypes.Structure):
 
 
 @lru_cache(maxsize=32)
-def _kernel(spec: KernelSpec, vecs: int, device: int) -> LoadedKernel:
+def _kernel(spec: KernelSpec, config: QuantiseConfig, device: int) -> LoadedKernel:
     ensure_context(device)
-    binary, _ = KernelCache.default().get_or_build(render_quantise(spec, vecs), spec.target, find_compiler())
-    return load_kernel(binary, quantise_name(spec, vecs), QUANTISE_THREADS)
+    binary, _ = KernelCache.default().get_or_build(render_quantise(spec, config), spec.target, find_compiler())
+    return load_kernel(binary, quantise_name(spec, config), config.threads)
 
 
 def quantise_tokens(x: Tensor, spec: KernelSpec) -> QuantisedActivations:
@@ -53,9 +54,11 @@ def quantise_tokens(x: Tensor, spec: KernelSpec) -> QuantisedActivations:
         scales.zero_()
         return result
     rows = aligned_rows(x.reshape(m, k))
-    kernel = _kernel(spec, quantise_vecs(width // CHUNK), x.device.index)
+    config = QuantiseConfig.of(width // CHUNK)
+    kernel = _kernel(spec, config, x.device.index)
+    blocks = min(m, device_facts(x.device.index)[1] * config.blocks)
     ldx = rows.stride(0) if m > 1 else -(-k // 8) * 8
     params = QuantiseParams(rows.data_ptr(), values.data_ptr(), scales.data_ptr(), ldx, width, m, k)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch((m, 1, 1), 0, [params], stream, overlap=spec.capability >= 90)
+    kernel.launch((blocks, 1, 1), 0, [params], stream, overlap=spec.capability >= 90)
     return result

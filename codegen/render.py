@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import jinja2
@@ -14,8 +15,8 @@ from tsld_fx.errors import BackendError
 
 _TYPES = {"fp16": "Fp16", "bf16": "Bf16"}
 _QUANTISED = {"int8": "Int8", "fp8": "Fp8"}
-QUANTISE_THREADS = 256
-_MOST_VECS = 8  # vectors of eight inputs that a thread keeps in registers
+_MOST_VECS = 8  # vectors of eight inputs that a thread keeps in registers when it rounds them
+_REGISTERS = 65536  # of a multiprocessor
 
 
 @lru_cache(maxsize=1)
@@ -76,17 +77,31 @@ def _kernel(spec: KernelSpec, config: GemmConfig) -> dict[str, object]:
     }
 
 
-def quantise_vecs(chunks: int) -> int:
-    """Vectors of eight inputs that a thread keeps, for rows of so many chunks."""
-    return max(1, min(-(-chunks * CHUNK // (8 * QUANTISE_THREADS)), _MOST_VECS))
+@dataclass(frozen=True)
+class QuantiseConfig:
+    """How a kernel rounds activations: threads of a block, vectors of eight inputs that a thread keeps, and blocks that
+    a multiprocessor holds."""
+
+    threads: int
+    vecs: int
+    blocks: int
+
+    @staticmethod
+    def of(chunks: int) -> QuantiseConfig:
+        """For rows of so many chunks: four vectors a thread at most, where that is possible. Found on an H200."""
+        vectors = chunks * CHUNK // 8
+        threads = next((t for t in (128, 256) if vectors <= 4 * t), 512)
+        vecs = max(1, min(-(-vectors // threads), _MOST_VECS))
+        registers = -(-(8 * vecs + 28) // 8) * 8  # vectors of two tokens, and the rest
+        return QuantiseConfig(threads, vecs, _REGISTERS // (threads * registers))
 
 
-def quantise_name(spec: KernelSpec, vecs: int) -> str:
+def quantise_name(spec: KernelSpec, config: QuantiseConfig) -> str:
     """Name of the kernel that rounds the activations of `spec` to 8 bits."""
-    return f"tsld_quantise_{spec.activation}_{spec.quantised}_v{vecs}"
+    return f"tsld_quantise_{spec.activation}_{spec.quantised}_t{config.threads}_v{config.vecs}"
 
 
-def render_quantise(spec: KernelSpec, vecs: int) -> str:
+def render_quantise(spec: KernelSpec, config: QuantiseConfig) -> str:
     """Source of the kernel that rounds activations to 8 bits, one scale per token."""
     if spec.quantised is None:
         raise BackendError(f"{spec} keeps its activations as they are: there is nothing to quantise.")
@@ -94,10 +109,9 @@ def render_quantise(spec: KernelSpec, vecs: int) -> str:
         environment()
         .get_template("quantise.cu.j2")
         .render(
-            name=quantise_name(spec, vecs),
-            vecs=vecs,
+            name=quantise_name(spec, config),
+            config=config,
             type=f"tsld::{_QUANTISED[spec.quantised]}<tsld::{_TYPES[spec.activation]}>",
-            threads=QUANTISE_THREADS,
         )
     )
 

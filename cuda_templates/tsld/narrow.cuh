@@ -137,34 +137,43 @@ class TokenRow {
   }
 };
 
-// One block per token. A thread keeps its first kVecs vectors in registers between the two passes; only rows of more
-// than kVecs * kThreads vectors are read twice.
+// Blocks walk over the tokens; a thread loads its vectors of the next token before it writes those of this one. It keeps
+// kVecs of them in registers between the two passes; only rows of more than kVecs * kThreads vectors are read twice.
 template <class T, int kThreads, int kVecs>
 __device__ __forceinline__ void quantize_tokens(const QuantizeParams& p) {
   using Row = TokenRow<T>;
-  __shared__ u32 warp_largest[kThreads / 32];
-  const Row row(p.x, p.ldx, p.q, p.ldq, blockIdx.x, p.k);
+  __shared__ u32 warp_largest[2][kThreads / 32];
   allow_next_kernel();
   wait_for_previous_kernel();
-  Vec16 kept[kVecs];
-  u32 largest = 0;
+  Vec16 next[kVecs];
+  const auto load = [&](int token) {
+    const Row row(p.x, p.ldx, p.q, p.ldq, token, p.k);
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) kept[i] = row.load(i * kThreads + threadIdx.x);
+    for (int i = 0; i < kVecs; ++i) next[i] = row.load(i * kThreads + threadIdx.x);
+  };
+  load(blockIdx.x);
+  const int step = gridDim.x;
+  for (int token = blockIdx.x, turn = 0; token < p.m; token += step, turn ^= 1) {
+    const Row row(p.x, p.ldx, p.q, p.ldq, token, p.k);
+    Vec16 kept[kVecs];
+    u32 largest = 0;
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) largest = Row::larger(largest, kept[i]);
-  for (int vec = kVecs * kThreads + threadIdx.x; vec < row.vecs; vec += kThreads)
-    largest = Row::larger(largest, row.load(vec));
-  largest = Row::largest_of_warp(largest);
-  if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
-  __syncthreads();
+    for (int i = 0; i < kVecs; ++i) largest = Row::larger(largest, kept[i] = next[i]);
+    for (int vec = kVecs * kThreads + threadIdx.x; vec < row.vecs; vec += kThreads)
+      largest = Row::larger(largest, row.load(vec));
+    if (p.m - token > step) load(token + step);
+    largest = Row::largest_of_warp(largest);
+    if (threadIdx.x % 32 == 0) warp_largest[turn][threadIdx.x / 32] = largest;
+    __syncthreads();  // the only one: the warps' largest of the next token have a place of their own
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) largest = max(largest, warp_largest[w]);
-  const typename Row::Scale scale(largest);
-  if (threadIdx.x == 0) p.scale[blockIdx.x] = scale.scale;
+    for (int w = 0; w < kThreads / 32; ++w) largest = max(largest, warp_largest[turn][w]);
+    const typename Row::Scale scale(largest);
+    if (threadIdx.x == 0) p.scale[token] = scale.scale;
 #pragma unroll
-  for (int i = 0; i < kVecs; ++i) row.store(i * kThreads + threadIdx.x, kept[i], scale);
-  for (int vec = kVecs * kThreads + threadIdx.x; vec / 32 * 32 < row.vecs; vec += kThreads)
-    row.store(vec, row.load(vec), scale);
+    for (int i = 0; i < kVecs; ++i) row.store(i * kThreads + threadIdx.x, kept[i], scale);
+    for (int vec = kVecs * kThreads + threadIdx.x; vec / 32 * 32 < row.vecs; vec += kThreads)
+      row.store(vec, row.load(vec), scale);
+  }
 }
 
 }  // namespace tsld

@@ -8,7 +8,7 @@ from tsld_fx.codegen.build import build_kernel
 from tsld_fx.codegen.cache import KernelCache
 from tsld_fx.codegen.compiler import KernelBuildError, Nvrtc, find_compiler, parse_resources
 from tsld_fx.codegen.config import GemmConfig
-from tsld_fx.codegen.render import kernel_name, render, render_quantise
+from tsld_fx.codegen.render import QuantiseConfig, kernel_name, render, render_quantise
 from tsld_fx.codegen.select_config import choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError
@@ -40,10 +40,9 @@ def test_no_spills_with_activations_of_8_bits(quantised: str) -> None:
     spec = KernelSpec("bf16", 2, 0, "sm_90a", quantised)  # type: ignore[arg-type]
     configs = list(dict.fromkeys(choose(spec, n, k, m, 132).config for n, k in SHAPES for m in TOKENS))
     _, log = find_compiler("nvcc").compile(render(spec, configs), spec.target)
-    resources = parse_resources(log) + parse_resources(
-        find_compiler("nvcc").compile(render_quantise(spec, 6), spec.target)[1]
-    )
-    assert len(resources) == len(configs) + 1
+    rounding = [render_quantise(spec, QuantiseConfig.of(chunks)) for chunks in (32, 86, 400)]
+    resources = parse_resources(log) + parse_resources(find_compiler("nvcc").compile("".join(rounding), spec.target)[1])
+    assert len(resources) == len(configs) + 3
     assert not [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
     assert "serialized" not in log
 

@@ -13,7 +13,7 @@ import torch
 from tsld_fx.codegen import QuantisedActivations, cuda_gemm, quantise, workspace
 from tsld_fx.codegen.cuda_gemm import LowBitGemm
 from tsld_fx.codegen.layout import to_kernel_layout
-from tsld_fx.codegen.render import render
+from tsld_fx.codegen.render import QuantiseConfig, render
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.errors import BackendError
@@ -27,7 +27,9 @@ class Notebook:
     def launch(self, grid, shared, arguments, stream, *, overlap, cluster=None) -> None:
         params = arguments[0]
         self.params.append(params)
-        if not isinstance(params, quantise.QuantiseParams):
+        if isinstance(params, quantise.QuantiseParams):
+            self.rounding_blocks = grid
+        else:
             self.launches.append((grid, shared, params.m, params.ldx, params.x, params.y, params.bias, overlap))
 
 
@@ -36,6 +38,7 @@ def gemm(monkeypatch: pytest.MonkeyPatch) -> tuple[LowBitGemm, Notebook]:
     notebook, stream = Notebook(), SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(cuda_gemm, "device_facts", lambda index: ("sm_90a", 132))
     monkeypatch.setattr(cuda_gemm, "loaded_kernel", lambda spec, config, _: render(spec, [config]) and notebook)
+    monkeypatch.setattr(quantise, "device_facts", lambda index: ("sm_90a", 132))
     monkeypatch.setattr(quantise, "_kernel", lambda *key: notebook)
     monkeypatch.setattr(cuda_gemm, "ensure_context", lambda index: None)
     monkeypatch.setattr(cuda_gemm, "tensor_map", lambda *_: cuda_gemm.GemmParams())
@@ -104,11 +107,15 @@ def test_one_rounding_serves_several_products(gemm: tuple[LowBitGemm, Notebook])
         rounded = layer.quantise(torch.randn(shape, dtype=torch.float16), "int8")
         assert rounded.shape == torch.Size(shape) and layer(rounded).shape == (*shape[:-1], 96)
     assert len(notebook.params) == 7  # one token; nothing for none
+    for m in (700, 7000):  # blocks walk over more tokens than the machine holds blocks
+        layer.quantise(torch.randn(m, 200, dtype=torch.float16), "int8")
+        assert notebook.rounding_blocks == (min(m, 132 * QuantiseConfig.of(2).blocks), 1, 1)
+    notebook.params.clear()
     empty = LowBitGemm(to_kernel_layout(torch.zeros(96, 0).byte(), torch.ones(96, 1), None, 2, 0, 0), layer.device)
     rounded = empty.quantise(torch.randn(3, 0, dtype=torch.float16), "int8")
     bias = torch.randn(96, dtype=torch.float16)
     assert not rounded.scales.any() and torch.equal(empty(rounded, bias), bias.expand(3, -1))
-    assert not empty(rounded).any() and len(notebook.params) == 7
+    assert not empty(rounded).any() and not notebook.params
 
 
 def test_rounding_is_refused_before_any_launch(gemm: tuple[LowBitGemm, Notebook]) -> None:

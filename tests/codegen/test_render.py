@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tsld_fx.codegen.config import GemmConfig, shared_limit
-from tsld_fx.codegen.render import render, render_quantise
+from tsld_fx.codegen.render import QuantiseConfig, render, render_quantise
 from tsld_fx.codegen.select_config import Plan, choose
 from tsld_fx.codegen.spec import KernelSpec
 from tsld_fx.codegen.workspace import COUNTERS_PER_LAUNCH
@@ -26,7 +26,7 @@ FEW_TOKENS = GemmConfig(tokens=16, warps_n=4, warps_m=1, warps_k=4, row_tiles=2,
 def test_goldens(golden) -> None:
     golden("w2_fp16_row_sm80.cu", render(KernelSpec("fp16", 2), [ONE_TOKEN, FEW_TOKENS]))
     narrow = KernelSpec("fp16", 2, 0, "sm_90a", "int8")
-    golden("w2_int8_fp16_row_sm90a.cu", render(narrow, [MANY_TOKENS]) + render_quantise(narrow, 2))
+    golden("w2_int8_fp16_row_sm90a.cu", render(narrow, [MANY_TOKENS]) + render_quantise(narrow, QuantiseConfig.of(32)))
     golden("w4_bf16_g128_sm90a.cu", render(KernelSpec("bf16", 4, 128, "sm_90a"), [FEW_TOKENS, MANY_TOKENS]))
 
 
@@ -91,7 +91,7 @@ def test_plan_grids() -> None:
         (lambda: KernelSpec("fp16", 2, 0, "sm_90a", "int4"), "'int8' or 'fp8'"),  # type: ignore[arg-type]
         (lambda: KernelSpec("fp16", 2, 0, "sm_80", "fp8"), "Hopper"),
         (lambda: render(KernelSpec("fp16", 2, 0, "sm_90a", "fp8"), [FEW_TOKENS]), "16-bit activations only"),
-        (lambda: render_quantise(KernelSpec("fp16", 2), 1), "nothing to quantise"),
+        (lambda: render_quantise(KernelSpec("fp16", 2), QuantiseConfig.of(1)), "nothing to quantise"),
         (lambda: render(KernelSpec("fp16", 2, 0, "sm_80"), [MANY_TOKENS]), "sm_90a"),
         (lambda: GemmConfig(256, 8, 1, 1, 4, 4).fitted(KernelSpec("fp16", 8), 40000), "shared memory"),
     ],

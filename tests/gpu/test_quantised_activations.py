@@ -29,7 +29,7 @@ def quantised_like_the_kernel(x: Tensor, kind: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize(("n", "k"), [(264, 1056), (17, 129), (37, 4099), (130, 11008), (4096, 4096)])
+@pytest.mark.parametrize(("n", "k"), [(264, 1056), (17, 129), (37, 4099), (130, 11008), (4096, 4096), (16, 33000)])
 def test_quantised_activations(make_layer, kind, dtype, n, k) -> None:
     layer = make_layer(n, k, 2, 0)
     gemm = LowBitGemm.pack(*layer.arguments())
