@@ -6,7 +6,6 @@ those that `benchmarks/bench_attention.py --search` measured on an H200; elsewhe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,17 +64,19 @@ def _microseconds(
     multiprocessors: int,
 ) -> float:  # fmt: skip
     """A block alone on a multiprocessor waits for memory; several share its arithmetic; more than fit take turns."""
-    blocks = -(-batch * heads // plan.rows * plan.splits // multiprocessors)
-    alone = (3.6 + 3.2 * plan.rows) * (1.6 if plan.threads == 128 else 1.0)  # for 1,000 positions of 128
-    together = 2.5 + 2.4 * plan.rows
+    alone = (6.0 + 2.5 * plan.rows) * (1.6 if plan.threads == 128 else 1.0)  # for 1,000 positions of 128
+    together = 1.7 + 2.1 * plan.rows
+    blocks: float = -(-batch * heads // plan.rows * plan.splits // multiprocessors)
     resident = plan.resident(head_dim, capability)
+    if plan.cluster and 1 < blocks < resident:
+        blocks = min(resident, blocks + 1.3)  # clusters do not spread evenly
     turns, last = divmod(blocks, resident)
     work = turns * max(alone, resident * together) + (max(alone, last * together) if last else 0.0)
-    compute = work * (-(-length // plan.splits) + 23) * head_dim / 128e3
+    compute = work * (-(-length // plan.splits) + 24) * head_dim / 128e3
     megabytes = 4e-6 * batch * length * head_dim  # of the keys and values of one head
-    memory = max(0.28 * megabytes * kv_heads, 0.2 * megabytes * heads / plan.rows)  # all of it once; what L2 delivers
-    meeting = 0.49 * (1 + 0.03 * plan.splits * plan.rows) if plan.splits > 1 and not plan.cluster else 0.0
-    return math.hypot(compute, memory) + meeting + 0.81 * plan.rows * head_dim / 128
+    memory = max(0.16 * megabytes * kv_heads, 0.23 * megabytes * heads / plan.rows)  # all of it once; what L2 delivers
+    meeting = 0.59 * (1 + 0.03 * plan.splits * plan.rows) if plan.splits > 1 and not plan.cluster else 0.0
+    return (compute**2.5 + memory**2.5) ** 0.4 + meeting + 0.87 * plan.rows * head_dim / 128
 
 
 @lru_cache(maxsize=1024)
