@@ -67,7 +67,7 @@ def stream_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
 def digits_candidates(spec: KernelSpec, m: int) -> list[GemmConfig]:
     tokens = next(t for t in (8, 16, 32, 64) if t >= m)
     if spec.hopper:
-        shapes = itertools.product((8, 12, 16, 20, 24), (4,), (3, 4, 5))
+        shapes = itertools.product((8, 12, 16, 20, 24), (4,), (2, 3, 4, 5))
     else:
         shapes = itertools.product((8, 12, 16), (1, 2, 3), (2, 3, 4))
     return [

@@ -181,7 +181,7 @@ class GemmConfig:
         """Shared memory of a block that does not depend on the shape, bytes; kSharedBytes of the configuration."""
         if self.walks:
             teams = self.warps_k // 4 if self.cluster else self.warps_k
-            stage = self.row_tiles * self.unit_chunks * (tile_bytes(spec.bits) + meta_bytes(spec))
+            stage = self.row_tiles * self.unit_chunks(spec) * (tile_bytes(spec.bits) + meta_bytes(spec))
             unfinished = self.tokens * (self.block_rows + 4) * 4 * (self.kernel == "digits")
             return teams * max(self.stages * stage, unfinished)
         if self.persistent:
@@ -214,7 +214,7 @@ class GemmConfig:
         slots = (groups + self.warps_k) * self.tokens * (rows + 4) * 4
         if self.kernel == "digits":
             padding = 128 if self.cluster else 32
-            x_bytes = _round_up(chunks, self.unit_chunks) * (2 * self.tokens * CHUNK + padding) + self.tokens * 16
+            x_bytes = _round_up(chunks, self.unit_chunks(spec)) * (2 * self.tokens * CHUNK + padding) + self.tokens * 16
             return x_bytes + groups * rows * 4 + groups * self.tokens * (rows + 4) * 4
         if self.digits:
             raw = CHUNK * 2 * (2 if spec.norm else 1)
@@ -222,10 +222,9 @@ class GemmConfig:
             slots = groups * rows * self.tokens * 16
         return x_bytes + slots + groups * rows * (4 if spec.bits == 2 else 5)
 
-    @property
-    def unit_chunks(self) -> int:
-        """Chunks that a warp of a stream or digits kernel takes at once."""
-        return 2 if self.cluster else 1
+    def unit_chunks(self, spec: KernelSpec) -> int:
+        """Chunks that a team of a stream or digits kernel takes at once; DigitsConfig::kUnit."""
+        return (4 if spec.group else 2) if self.cluster else 1
 
     @property
     def name(self) -> str:

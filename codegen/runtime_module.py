@@ -207,6 +207,7 @@ def _render(
                 "name": kernel_name(spec, config), "kind": f"k{config.kernel.title()}", "threads": config.threads,
                 "block_rows": config.block_rows, "block_tokens": config.block_tokens, "tokens": config.tokens,
                 "warps_k": config.warps_k, "digits": int(config.digits), "cluster": int(config.cluster),
+                "unit": config.unit_chunks(spec),
                 "shared_bytes": config.shared_bytes(spec),
                 "images": [symbols.get((spec, config, t), "nullptr") for t in range(len(targets))],
             }

@@ -16,7 +16,9 @@ struct DigitsConfig {
   static constexpr bool kHopper = kHopper_;
   static constexpr int kTeam = kHopper ? 4 : 1;  // warps that work together: each has kTiles row tiles
   static constexpr int kTeams = kWarps / kTeam, kTiles = kRowTiles / kTeam;
-  static constexpr int kUnit = kHopper ? 2 : 1;  // chunks that a team takes at once
+  // Chunks that a team takes at once. With groups more: the sums of one are scaled while the next is multiplied, which
+  // ptxas allows within a unit only.
+  static constexpr int kUnit = !kHopper ? 1 : kGroup ? 4 : 2;
   static_assert(!kHopper || (kWarps % 4 == 0 && kTiles == 1), "a warp group takes 64 rows");
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kThreads = 32 * kWarps;
@@ -44,14 +46,14 @@ class DigitsProducts {
   using T = typename C::Type;
   using Weights = typename C::Weights;
   using Meta = typename C::Meta;
-  // [high and low bytes of eight tokens, the next eight, ...]; with groups, of each chunk of the unit that is under way
-  using Products = int[C::kHopper && C::kGroup ? C::kUnit : 1][C::kTiles][C::kTokenTiles * 2][4];
+  // [high and low bytes of eight tokens, the next eight, ...]; with groups, of the two chunks that are under way
+  using Products = int[C::kHopper && C::kGroup ? 2 : 1][C::kTiles][C::kTokenTiles * 2][4];
   using Totals = float[C::kTiles][C::kTokenTiles][4];    // with groups: products times their scales
 
   Products products_;
   Totals totals_;
-  float factor_[C::kUnit][2];    // scales of the lane's rows in the chunks under way
-  u32 operand_[C::kUnit][4][4];  // weights on their way to wgmma
+  float factor_[2][2];    // scales of the lane's rows in the chunks under way
+  u32 operand_[2][4][4];  // weights on their way to wgmma
   const int warp_, lane_;
 
  public:
@@ -68,20 +70,25 @@ class DigitsProducts {
       const u64 first = static_cast<u64>(128 >> 4) << 32 | panel;
 #pragma unroll
       for (int u = 0; u < C::kUnit; ++u) {
-        auto& products = products_[C::kGroup ? u : 0][0];
-        wgmma_wait<C::kUnit - 1>();  // for the batch that read this operand
+        auto& products = products_[C::kGroup ? u % 2 : 0][0];
+        auto& operand = operand_[u % 2];
+        wgmma_wait<1>();  // for the batch that read this operand
+        if (C::kGroup != 0 && u > 1) {
+          pin(products);
+          scale(products, totals_[0], factor_[u % 2]);
+        }
 #pragma unroll
-        for (int word = 0; word < 4; ++word) dequant_narrow(operand_[u][word], codes[u].w[word]);
-        pin(operand_[u]);
+        for (int word = 0; word < 4; ++word) dequant_narrow(operand[word], codes[u].w[word]);
+        pin(operand);
         if (C::kGroup != 0 && u == 0) scale_last();
-        if constexpr (C::kGroup != 0) load_scales(factor_[u], stage, u);
+        if constexpr (C::kGroup != 0) load_scales(factor_[u % 2], stage, u);
         wgmma_fence();
         const u64 chunk = first + u * (8 * C::kInputsBytes >> 4);
         using Product = Wgmma<Int8<T>, C::kTokenTiles * 2>;
-        Product::template run<C::kGroup == 0>(products, operand_[u][0], chunk);
+        Product::template run<C::kGroup == 0>(products, operand[0], chunk);
 #pragma unroll
         for (int word = 1; word < 4; ++word)
-          Product::run(products, operand_[u][word], chunk + word * (2 * C::kInputsBytes >> 4));
+          Product::run(products, operand[word], chunk + word * (2 * C::kInputsBytes >> 4));
         wgmma_commit();
       }
       if constexpr (C::kGroup != 0) {
@@ -169,9 +176,9 @@ class DigitsProducts {
   // Both bytes of a product, in units of X: codes are +-64.
   static __device__ __forceinline__ int join(int high, int low) { return high * 4 + (low >> 6); }
 
-  // What wgmma was still at: the second chunk of a unit.
+  // What wgmma was still at: the last chunk of a unit.
   __device__ __forceinline__ void scale_last() {
-    constexpr int kLast = C::kGroup ? C::kUnit - 1 : 0;
+    constexpr int kLast = C::kGroup ? 1 : 0;
     wgmma_wait<0>();
     pin(products_[kLast][0]);
     scale(products_[kLast][0], totals_[0], factor_[kLast]);

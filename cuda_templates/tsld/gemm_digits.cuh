@@ -70,8 +70,8 @@ class DigitsGemm {
     int* slot = slots() + group * C::kSlot;
     for (int left = end - begin; left > 0; --left) {
       cp_async_wait<C::kStages - 2>();
+      if constexpr (C::kGroup != 0) __syncwarp();  // scales were copied by other lanes, who may still read the stage before
       load_unit(source, filled, left >= C::kStages);
-      if constexpr (C::kGroup != 0) __syncwarp();  // scales were copied by other lanes
       acc.multiply(at, x);
       at = next_stage(at);
       if (x == last_x) {

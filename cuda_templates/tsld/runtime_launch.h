@@ -26,9 +26,10 @@ constexpr int kTileRows = 16, kChunk = 128;
 struct Kernel {
   const char* name;
   Kind kind;
-  int threads, block_rows, block_tokens, tokens, warps_k, digits, cluster;  // cluster: of the blocks that share K
-  int64_t shared_bytes;                                                     // that do not depend on the shape
-  const unsigned char* const* images;                                       // by target
+  int threads, block_rows, block_tokens, tokens, warps_k, digits;
+  int cluster, unit;                   // of the blocks that share K; chunks that a team takes at once
+  int64_t shared_bytes;                // that do not depend on the shape
+  const unsigned char* const* images;  // by target
 
   bool walks() const { return kind == kStream || kind == kDigits; }  // a block takes several row groups
 };
@@ -88,7 +89,7 @@ inline Launch plan(const Linear& linear, const Kernel* kernels, int target, int6
     const int64_t groups = ceil_div(rows, out.grid[0]), slice = ceil_div(chunks, range->splits);
     const int64_t piece = kernel.tokens * (kernel.block_rows + 4) * 4;
     if (kernel.kind == kDigits) {
-      const int64_t in_units = kernel.cluster ? ceil_div(slice, 2) * 2 : slice;
+      const int64_t in_units = ceil_div(slice, kernel.unit) * kernel.unit;
       out.shared_bytes += in_units * (kernel.tokens * kChunk * 2 + (kernel.cluster ? 128 : 32)) + kernel.tokens * 16;
       out.shared_bytes += groups * piece;
     } else {

@@ -1,5 +1,6 @@
-// Stands in for cuda_templates/tsld/ptx.cuh so that a kernel runs on the host: a block's threads are coroutines that
-// take turns at barriers and warp instructions. Copies happen at once. Only what gemm_stream.cuh over digits needs.
+// Stands in for cuda_templates/tsld/ptx.cuh so that a kernel runs on the host: the threads of a block, or of the blocks of
+// a cluster, are coroutines that take turns at barriers and warp instructions. Copies happen at once. Only what kernels
+// over digits need. Blocks of a cluster lie side by side in memory, so that addresses say whose they are.
 #pragma once
 
 #include <ucontext.h>
@@ -22,6 +23,9 @@ using std::min;
 struct dim3 {
   int x, y, z;
 };
+struct uint4 {
+  unsigned int x, y, z, w;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -43,7 +47,7 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
-  int index;
+  int index, block = 0, thread = 0;
   bool done = false;
   std::vector<char> stack;
 };
@@ -51,7 +55,9 @@ struct Fiber {
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline Fiber* current;
-inline std::vector<Barrier> barriers;  // of the block, then of its warps
+inline std::vector<Barrier> barriers;  // of the cluster, its blocks, then the warps
+inline int block_threads, blocks;
+inline size_t block_bytes;             // of shared memory
 inline std::vector<uint64_t> lanes;    // what each thread shows its warp
 inline char* shared_base;
 inline void (*body)();
@@ -64,8 +70,9 @@ inline void arrive_and_wait(Barrier& barrier, int count) {
   }
   while (barrier.generation == generation) swapcontext(&current->context, &scheduler);
 }
-inline void sync_block() { arrive_and_wait(barriers[0], static_cast<int>(fibers.size())); }
-inline void sync_warp() { arrive_and_wait(barriers[1 + current->index / 32], 32); }
+inline void sync_cluster() { arrive_and_wait(barriers[0], static_cast<int>(fibers.size())); }
+inline void sync_block() { arrive_and_wait(barriers[1 + current->block], block_threads); }
+inline void sync_warp() { arrive_and_wait(barriers[1 + blocks + current->index / 32], 32); }
 
 // Every lane shows a value; f(value of lane i) for the lanes of this warp.
 template <class F>
@@ -82,24 +89,25 @@ inline void enter() {
   swapcontext(&current->context, &scheduler);
 }
 
-// Runs one block; `backwards`: the last thread goes first.
-inline void run_block(int threads, void (*f)(), bool backwards) {
-  body = f;
-  fibers = std::vector<Fiber>(threads);
-  barriers.assign(1 + threads / 32, {});
-  lanes.assign(threads, 0);
-  for (int i = 0; i < threads; ++i) {
+// Runs the blocks of a cluster along z (one without clusters), from blockIdx on; `backwards`: the last thread goes first.
+inline void run_block(int threads, void (*f)(), bool backwards, int cluster = 1) {
+  body = f, block_threads = threads, blocks = cluster;
+  const dim3 first = blockIdx;
+  fibers = std::vector<Fiber>(threads * cluster);
+  barriers.assign(1 + cluster + fibers.size() / 32, {});
+  lanes.assign(fibers.size(), 0);
+  for (int i = 0; i < static_cast<int>(fibers.size()); ++i) {
     Fiber& fiber = fibers[i];
-    fiber.index = i, fiber.stack.resize(kStack);
+    fiber.index = i, fiber.block = i / threads, fiber.thread = i % threads, fiber.stack.resize(kStack);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, enter, 0);
   }
-  for (int left = threads; left > 0;)
-    for (int n = 0; n < threads; ++n) {
-      Fiber& fiber = fibers[backwards ? threads - 1 - n : n];
+  for (size_t left = fibers.size(); left > 0;)
+    for (size_t n = 0; n < fibers.size(); ++n) {
+      Fiber& fiber = fibers[backwards ? fibers.size() - 1 - n : n];
       if (fiber.done) continue;
-      current = &fiber, threadIdx = {fiber.index, 0, 0};
+      current = &fiber, threadIdx = {fiber.thread, 0, 0}, blockIdx = {first.x, first.y, first.z + fiber.block};
       swapcontext(&scheduler, &fiber.context);
       left -= fiber.done;
     }
@@ -117,11 +125,21 @@ inline float __uint_as_float(unsigned int v) {
   std::memcpy(&f, &v, 4);
   return f;
 }
+inline int __float_as_int(float v) {
+  int i;
+  std::memcpy(&i, &v, 4);
+  return i;
+}
 inline unsigned int __float_as_uint(float v) {
   unsigned int u;
   std::memcpy(&u, &v, 4);
   return u;
 }
+inline int __shfl_sync(unsigned, int v, int from) {
+  host::exchange(v, [&](const uint64_t* all) { v = static_cast<int>(all[from]); });
+  return v;
+}
+inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
 template <class V>
 inline V __shfl_xor_sync(unsigned, V v, int step) {
   static_assert(sizeof(V) == 4);
@@ -152,7 +170,10 @@ inline int __float2int_rn(float v) {
 }
 inline float __int2float_rn(int v) { return static_cast<float>(v); }
 inline float fmaf(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __ldcg(const float* p) { return *p; }
+template <class V>
+inline V __ldcg(const V* p) {
+  return *p;
+}
 inline void __stcg(float* p, float v) { *p = v; }
 inline float __expf(float v) { return std::exp(v); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
@@ -238,6 +259,7 @@ struct Fp16 {
   static constexpr int kBytes = 2;
   static constexpr float kWeight = 1.f;
   static void mma(float (&)[4], const u32 (&)[4], u32, u32) { std::abort(); }
+  static u32 max_magnitude2(u32 a, u32 b) { return __vmaxu2(a, b & 0x7FFF7FFFu); }  // NaN is larger than Inf
   static u32 sub2(u32, u32) { std::abort(); }
   static u32 mul2(u32, u32) { std::abort(); }
   static u32 fma2(u32, u32, u32) { std::abort(); }
@@ -262,6 +284,7 @@ struct Bf16 {
   static constexpr int kBytes = 2;
   static constexpr float kWeight = 1.f;
   static void mma(float (&)[4], const u32 (&)[4], u32, u32) { std::abort(); }
+  static u32 max_magnitude2(u32 a, u32 b) { return __vmaxu2(a, b & 0x7FFF7FFFu); }  // NaN is larger than Inf
   static u32 sub2(u32, u32) { std::abort(); }
   static u32 mul2(u32, u32) { std::abort(); }
   static u32 fma2(u32, u32, u32) { std::abort(); }
