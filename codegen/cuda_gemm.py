@@ -188,8 +188,10 @@ class LowBitGemm:
         chosen = plan or self.plan(m, activation, quantise)
         if chosen.splits > 1 and chosen.counters(m, tiles, chip) > workspace.COUNTERS_PER_LAUNCH:
             raise BackendError(f"{chosen} splits more than {workspace.COUNTERS_PER_LAUNCH} output tiles; use splits=1.")
-        if chosen.config.cluster and whole_splits(chosen, self.weights.chunks) != chosen:
-            raise BackendError(f"{chosen} leaves blocks of a cluster without work; use fewer splits.")
+        if chosen.config.cluster and (whole := whole_splits(chosen, self.weights.chunks)) != chosen:
+            raise BackendError(
+                f"{chosen}: blocks of a cluster would not share inputs and tokens equally; use splits={whole.splits}."
+            )
         if chosen.splits > 1 and chosen.config.digits:
             raise BackendError(f"{chosen}: kernels over digits of x add up all inputs in one block; use splits=1.")
         made = _Prepared(
