@@ -24,7 +24,7 @@ from machine import describe
 from torch.nn.functional import scaled_dot_product_attention
 
 from tsld_fx.codegen import decode_kernels
-from tsld_fx.codegen.attention_plan import AttentionPlan, attention_plan, scratch_floats
+from tsld_fx.codegen.attention_plan import AttentionPlan, attention_plan, scratch_floats, wide
 from tsld_fx.whole_files import write_json
 
 SHAPES = ((32, 32, 128), (32, 8, 128), (12, 12, 64))  # LLaMA-7B, LLaMA-3 8B, GPT-2
@@ -35,13 +35,9 @@ def other_plans(heads: int, kv_heads: int, head_dim: int, position: int) -> Iter
     """Those that exist for these heads, with at least 32 positions a block."""
     together = [rows for rows in range(1, 9) if heads // kv_heads % rows == 0]
     for rows, threads, splits in itertools.product(together, (128, 256), (1, 2, 3, 4, 8, 16, 32, 64)):
-        wide = rows * head_dim > 512
         for cluster in (False, True):
-            if (
-                splits * 32 <= position
-                and not (wide and (cluster or threads == 256))
-                and (not cluster or splits in (2, 4, 8))
-            ):
+            exists = not (wide(rows, head_dim) and (cluster or threads == 256)) and (not cluster or splits in (2, 4, 8))
+            if exists and splits * 32 <= position:
                 yield AttentionPlan(rows, splits, cluster, threads)
 
 

@@ -31,11 +31,16 @@ class AttentionPlan:
 
     def resident(self, head_dim: int, capability: int) -> int:
         """Blocks that fit on a multiprocessor at once."""
-        wide = self.rows * head_dim > 512
-        shares = self.threads // 32 * self.rows + (1 if wide else 8 * self.rows)  # decode_attention.cuh, Shared
+        gathered = 1 if wide(self.rows, head_dim) else 8 * self.rows
+        shares = self.threads // 32 * self.rows + gathered  # decode_attention.cuh, Shared
         memory = ring_bytes(self.threads) + shares * (head_dim + 2) * 4 + 1024
         registers = self.threads * (40 + 18 * self.rows)
         return max(1, min((shared_limit(capability) + 1024) // memory, _REGISTERS // registers))
+
+
+def wide(rows: int, head_dim: int) -> bool:
+    """Whether the results of a block's heads take so much shared memory that it has 128 threads and no cluster."""
+    return rows * head_dim > 512
 
 
 def ring_bytes(threads: int) -> int:
@@ -47,14 +52,13 @@ def _plans(
     batch: int, heads: int, kv_heads: int, head_dim: int, length: int, capability: int, multiprocessors: int
 ) -> Iterator[AttentionPlan]:
     for rows in (r for r in range(1, _MOST_ROWS + 1) if heads // kv_heads % r == 0):
-        wide = rows * head_dim > 512  # results take much shared memory: no clusters, fewer threads
         for splits in (s for s in _SPLITS if s == 1 or s * _LEAST_KEYS <= length):
             few = rows == 1 and length <= 100 * splits  # so that two fit beside the product before them
-            plan = AttentionPlan(rows, splits, False, 128 if wide or few else 256)
+            plan = AttentionPlan(rows, splits, False, 128 if wide(rows, head_dim) or few else 256)
             # clusters need their blocks side by side; where the machine is nearly full they would have to wait
             room = 0.73 * multiprocessors * plan.resident(head_dim, capability)
             fits = batch * heads // rows * splits <= room
-            if capability >= 90 and splits in _CLUSTERS and not wide and fits:
+            if capability >= 90 and splits in _CLUSTERS and not wide(rows, head_dim) and fits:
                 plan = AttentionPlan(rows, splits, True, plan.threads)
             yield plan
 

@@ -77,13 +77,14 @@ def _kernel(
 ) -> tuple[LoadedKernel, bool]:
     """-> (kernel, whether launches may overlap)."""
     target, _ = device_facts(device)
+    capability, _ = chip(device)
     ensure_context(device)
     source, name = render(kind, dtype, head_dim, rows, threads)
     binary, _ = KernelCache.default().get_or_build(source, target, find_compiler())
     kernel = load_kernel(binary, name, threads)
     if kind == "attention":
         kernel.allow_shared(ring_bytes(threads), device)
-    return kernel, int(target.split("_")[1].rstrip("a")) >= 90
+    return kernel, capability >= 90
 
 
 def launch(

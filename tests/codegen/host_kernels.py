@@ -25,8 +25,14 @@ TYPES = {torch.float16: ("Fp16", 1e-3), torch.bfloat16: ("Bf16", 8e-3)}
 BLOCKS = 3
 
 
-def build(folder: Path, source: str, macros: dict[str, object]) -> ctypes.CDLL:
-    """Compile `on_host/source` with these macros; the same ones give the library made before."""
+def build(
+    folder: Path, source: str, dtype: torch.dtype, config: GemmConfig, group: int, **flag: bool
+) -> ctypes.CDLL:  # fmt: skip
+    """Compile `on_host/source` for a configuration; the same one gives the library made before."""
+    macros: dict[str, object] = {
+        "TYPE": TYPES[dtype][0], "GROUP": group, "TOKENS": config.tokens, "WARPS": config.warps_k,
+        "ROW_TILES": config.row_tiles, "STAGES": config.stages, **{name: str(on).lower() for name, on in flag.items()},
+    }  # fmt: skip
     out = folder / ("_".join(map(str, macros.values())) + ".so")
     if not out.exists():
         flags = [f"-D{name}={value}" for name, value in macros.items()]

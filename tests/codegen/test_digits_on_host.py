@@ -23,12 +23,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL
     folder = tmp_path_factory.mktemp("on_host")
 
     def library(dtype: torch.dtype, config: GemmConfig, norm: bool, gated: bool, group: int = 0) -> ctypes.CDLL:
-        macros = {
-            "TYPE": TYPES[dtype][0], "GROUP": group, "TOKENS": config.tokens, "WARPS": config.warps_k,
-            "ROW_TILES": config.row_tiles, "STAGES": config.stages, "NORM": str(norm).lower(),
-            "GATED": str(gated).lower(),
-        }  # fmt: skip
-        return build(folder, "stream.cc", macros)
+        return build(folder, "stream.cc", dtype, config, group, NORM=norm, GATED=gated)
 
     return library
 

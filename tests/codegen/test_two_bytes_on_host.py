@@ -22,11 +22,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL
     folder = tmp_path_factory.mktemp("on_host")
 
     def library(dtype: torch.dtype, config: GemmConfig, norm: bool, gated: bool, group: int = 0) -> ctypes.CDLL:
-        macros = {
-            "TYPE": TYPES[dtype][0], "GROUP": group, "TOKENS": config.tokens, "WARPS": config.warps_k,
-            "ROW_TILES": config.row_tiles, "STAGES": config.stages, "HOPPER": str(config.cluster).lower(),
-        }  # fmt: skip
-        return build(folder, "digits.cc", macros)
+        return build(folder, "digits.cc", dtype, config, group, HOPPER=config.cluster)
 
     return library
 
@@ -64,4 +60,9 @@ def test_tokens_without_digits(built: Callable[..., ctypes.CDLL], dtype: torch.d
     problem.x[6] = torch.finfo(dtype).smallest_normal
     problem.bias.zero_()
     got, expected = problem.run(built, config, False, False, False, 0, 2), problem.expected(False, False, False)
-    torch.testing.assert_close(got.double(), expected.to(dtype).double(), rtol=8e-3, atol=0.05, equal_nan=True)
+    for token in range(9):
+        if token in (1, 3):
+            torch.testing.assert_close(got[token].double(), expected[token], equal_nan=True)
+            assert not got[token].isfinite().any()
+        else:
+            assert relative(got[token], expected[token]) <= TYPES[dtype][1], token

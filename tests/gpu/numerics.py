@@ -17,6 +17,19 @@ def poison(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
+def views(base: Tensor) -> list[Tensor]:
+    """Of [6, 5, 400]: 160 inputs with strides, rows that are not aligned, one token and none."""
+    return [
+        base[:, :, :160],
+        base[:, :, 3:163],
+        base[:, :, ::2][:, :, :160],
+        base.transpose(0, 1)[:, :, :160],
+        base[:, :1, :160].expand(6, 5, 160),
+        base[0, 0, :160],
+        base[:0, :, :160],
+    ]
+
+
 def relative_error(y: Tensor, expected: Tensor) -> float:
     scale = expected.norm()
     return float((y.double() - expected).norm() / torch.where(scale > 0, scale, 1.0))

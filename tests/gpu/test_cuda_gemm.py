@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.gpu.numerics import TOKENS, TOLERANCE, check, relative_error
+from tests.gpu.numerics import TOKENS, TOLERANCE, check, relative_error, views
 from tsld_fx.codegen import LowBitGemm
 from tsld_fx.codegen.config import GemmConfig, shared_limit
 from tsld_fx.codegen.select_config import Plan, whole_splits
@@ -144,16 +144,7 @@ def test_strides_and_leading_dimensions(make_layer) -> None:
     layer = make_layer(96, 160, 2, 0)
     gemm = LowBitGemm.pack(*layer.arguments())
     base = torch.randn(6, 5, 400, dtype=torch.float16, device="cuda")
-    views = [
-        base[:, :, :160],
-        base[:, :, 3:163],
-        base[:, :, ::2][:, :, :160],
-        base.transpose(0, 1)[:, :, :160],
-        base[:, :1, :160].expand(6, 5, 160),
-        base[0, 0, :160],
-        base[:0, :, :160],
-    ]
-    for x in views:
+    for x in views(base):
         y = gemm(x)
         assert y.shape == (*x.shape[:-1], 96)
         if x.numel():
